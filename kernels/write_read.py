@@ -1,0 +1,106 @@
+"""The instruction: write the cells of a chunk, then read the cells up to each of them.
+
+Blocks are [B, L, K, S, H]: B sequences, L layers that share one array (1 where each layer has its
+own), K heads, S cells. A block of `window` cells is a ring: position p lives in cell p % window.
+
+One token (T = 1) changes one cell in place and reads tiles of the block where it lies: no scatter,
+no copy of a block. More tokens at once are one slice update and one attention.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import backend_module
+from kernels.cells import is_ring, take, write, write_ring
+from kernels.options import Options
+
+
+def write_read(
+    keys, values, layer, cells, starts, k, v, q, sinks, alibi, *, options: Options, backend: str
+):
+    """Writes T new cells of each sequence into one layer's block, then reads for each of them.
+
+    Args:
+      keys, values: [B, L, K, S, H].
+      layer: scalar int32, which of the L layers.
+      cells: [B or 1, T] int32: consecutive cell numbers; padding is -1 and comes last in a row. A
+        padding token writes nothing, reads nothing.
+      starts: [B or 1, T] int32, the first cell each token may read; None: 0.
+      k, v: [B, T, K, H], written in the block's dtype.
+      q: [B, T, N, H].
+      sinks, alibi: [N] or None, as in `kernels.attention`.
+      options, backend: static.
+
+    Returns:
+      keys, values with the new cells, and z [B, T, N, H].
+    """
+    return _write_read(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _write_read(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi):
+    decode = getattr(backend_module(backend), "decode", None)
+    if q.shape[1] == 1 and decode is not None:
+        return decode(keys, values, layer, cells, starts, k, v, q, sinks, alibi, options=options)
+    chunk = partial(_chunk, options, backend, cells, starts, alibi)
+    keys_out, values_out, z = chunk(_layer(keys, layer), _layer(values, layer), k, v, q, sinks)
+    return _replace(keys, layer, keys_out), _replace(values, layer, values_out), z
+
+
+# The gradient is taken for one layer at a time. Left to JAX, the gradient of `_layer(keys, layer)`
+# would be an array of L blocks, zero but for one, for each of the L layers.
+def _write_read_fwd(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi):
+    chunk = partial(_chunk, options, backend, cells, starts, alibi)
+    (keys_out, values_out, z), vjp = jax.vjp(
+        chunk, _layer(keys, layer), _layer(values, layer), k, v, q, sinks
+    )
+    keys, values = _replace(keys, layer, keys_out), _replace(values, layer, values_out)
+    return (keys, values, z), (vjp, layer)
+
+
+def _write_read_bwd(options, backend, residuals, cotangents):
+    vjp, layer = residuals
+    dkeys, dvalues, dz = cotangents
+    old = _layer(dkeys, layer), _layer(dvalues, layer)
+    new_dkeys, new_dvalues, dk, dv, dq, dsinks = vjp((*old, dz))
+    dkeys, dvalues = _replace(dkeys, layer, new_dkeys), _replace(dvalues, layer, new_dvalues)
+    return dkeys, dvalues, None, None, None, dk, dv, dq, dsinks, None
+
+
+_write_read.defvjp(_write_read_fwd, _write_read_bwd)
+
+
+def _layer(stacked, layer):
+    if stacked.shape[1] == 1:
+        return stacked[:, 0]
+    return jax.lax.dynamic_index_in_dim(stacked, layer, 1, keepdims=False)
+
+
+def _replace(stacked, layer, block):
+    if stacked.shape[1] == 1:
+        return block[:, None]
+    return jax.lax.dynamic_update_index_in_dim(stacked, block, layer, 1)
+
+
+def _chunk(options, backend, cells, starts, alibi, keys, values, k, v, q, sinks):
+    """The instruction on one layer's block [B, K, S, H], for any number of tokens."""
+    attend = partial(backend_module(backend).attend, sinks=sinks, alibi=alibi, options=options)
+    k = k.swapaxes(1, 2).astype(keys.dtype)
+    v = v.swapaxes(1, 2).astype(values.dtype)
+    if not is_ring(options, keys.shape[2]):
+        keys, values = write(keys, cells, k), write(values, cells, v)
+        return keys, values, attend(q, keys, values, cells, None, starts)[0]
+    # A chunk may overwrite cells that its own first tokens still see, so the read is from the ring
+    # as it was, unrolled into the order of positions, followed by the chunk.
+    window = options.window
+    positions = cells[:, :1] + jnp.arange(-window, 0)
+    turns = positions % window
+
+    def unroll(ring, new):
+        return jnp.concatenate([take(ring, turns), new], axis=2)
+
+    positions = jnp.concatenate([jnp.maximum(positions, -1), cells], axis=1)
+    z, _ = attend(q, unroll(keys, k), unroll(values, v), cells, positions, starts)
+    return write_ring(keys, cells, k), write_ring(values, cells, v), z

@@ -1,0 +1,329 @@
+"""Blockwise attention in plain JAX: any platform, memory linear in T and S.
+
+Softmax runs online over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
+arXiv:2205.14135). The loop over keys starts at the first tile that some query of the tile can see
+and ends at the last one, so a read costs in proportion to the cells written, not to the capacity.
+
+Inside this file queries are grouped by the key head they read, [B, K, T, G, H] with G = N / K, and
+scores are [B, K, T, G, S].
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels.cells import is_ring, ring_positions, write_one
+from kernels.options import Options
+
+QUERY_ROWS = 256
+KEY_TILE = 256
+# Stands for -inf: finite, so that the difference of two masked maxima is 0 and not nan.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attend(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions=None,
+    q_starts=None,
+    sinks=None,
+    alibi=None,
+    *,
+    options: Options,
+):
+    """Attention by position: a query at i reads the keys at start..i.
+
+    Args:
+      q: [B, T, N, H].
+      keys, values: [B, K, S, H]; N is a multiple of K.
+      q_positions: [B or 1, T] int32; a negative position is padding, which reads nothing.
+      kv_positions: [B or 1, S] int32, negative where a cell is empty; None: cell s holds
+        position s.
+      q_starts: [B or 1, T] int32, the first position each query may read; None: 0.
+      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
+      alibi: [N] constant slopes, score -= slope * (i - p) (arXiv:2108.12409); None: none.
+      options: scale, window, soft cap.
+
+    Returns:
+      z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
+      of the scores in float32. Both have gradients, for q, keys, values and sinks.
+    """
+    return _attend(options, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi):
+    return forward(
+        q,
+        keys[:, None],
+        values[:, None],
+        0,
+        q_positions,
+        kv_positions,
+        q_starts,
+        sinks,
+        alibi,
+        options=options,
+    )
+
+
+def _attend_fwd(options, *operands):
+    z, lse = _attend(options, *operands)
+    return (z, lse), (operands, z, lse)
+
+
+def _attend_bwd(options, residuals, cotangents):
+    operands, z, lse = residuals
+    dq, dkeys, dvalues, dsinks = _backward(options, operands, z, lse, *cotangents)
+    return dq, dkeys, dvalues, None, None, None, dsinks, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def forward(
+    q, keys, values, layer, q_positions, kv_positions, q_starts, sinks, alibi, *, options: Options
+):
+    """`attend` on one layer of stacked blocks [B, L, K, S, H], without a gradient.
+
+    The layer is read tile by tile, so no copy of it is made.
+    """
+    num_kv_heads = keys.shape[2]
+    masking = _Masking(options, keys.shape[3], kv_positions, alibi, num_kv_heads)
+
+    def read(query):
+        def step(tile, state):
+            peak, total, mixed = state
+            start = masking.start(tile)
+            scores, visible, _ = masking.scores(query, masking.slice(keys, layer, start), tile)
+            new_peak = jnp.maximum(peak, scores.max(-1))
+            weights = jnp.where(visible, jnp.exp(scores - new_peak[..., None]), 0)
+            shrink = jnp.exp(peak - new_peak)
+            value = masking.slice(values, layer, start)
+            mixed = mixed * shrink[..., None] + _dot("bktgs,bksh->bktgh", weights, value)
+            return new_peak, total * shrink + weights.sum(-1), mixed
+
+        rows = query["q"].shape
+        dtype = _accumulator(q)
+        state = jnp.full(rows[:-1], MASKED, dtype), jnp.zeros(rows[:-1], dtype)
+        peak, total, mixed = masking.loop(query, step, (*state, jnp.zeros(rows, dtype)))
+        if sinks is not None:
+            sink = _grouped_heads(sinks.astype(dtype), num_kv_heads)
+            new_peak = jnp.maximum(peak, sink)
+            shrink = jnp.exp(peak - new_peak)
+            mixed, total = mixed * shrink[..., None], total * shrink + jnp.exp(sink - new_peak)
+            peak = new_peak
+        empty = total == 0
+        total = jnp.where(empty, 1, total)
+        lse = jnp.where(empty, MASKED, peak + jnp.log(total))
+        return (mixed / total[..., None]).astype(q.dtype), lse
+
+    queries = _tile_queries({"q": q}, q_positions, q_starts, num_kv_heads)
+    several = _several(queries)
+    return _untile(jax.lax.map(read, queries) if several else read(queries), q, several)
+
+
+def decode(keys, values, layer, cells, starts, k, v, q, sinks, alibi, *, options: Options):
+    """`kernels.write_read.write_read` for one token of each sequence, without a gradient.
+
+    One cell changes in place, and the read is from the stacked blocks as they lie.
+    """
+    size = keys.shape[3]
+    ring = is_ring(options, size)
+    slots = cells[:, 0] % size if ring else cells[:, 0]
+    slots = jnp.where(cells[:, 0] < 0, -1, slots)
+    keys = write_one(keys, layer, slots, k)
+    values = write_one(values, layer, slots, v)
+    held = ring_positions(cells, size) if ring else None
+    z, _ = forward(q, keys, values, layer, cells, held, starts, sinks, alibi, options=options)
+    return keys, values, z
+
+
+def _backward(options, operands, z, lse, dz, dlse):
+    """Gradients by recomputing the weights from the log-sum-exp, tile by tile."""
+    q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi = operands
+    num_kv_heads = keys.shape[1]
+    masking = _Masking(options, keys.shape[2], kv_positions, alibi, num_kv_heads)
+    dtype = _accumulator(q)
+    # d loss / d score = weight * (d loss / d weight - delta); the log-sum-exp's own cotangent
+    # enters the same way, since d lse / d score = weight.
+    delta = jnp.einsum("btnh,btnh->btn", z, dz, preferred_element_type=dtype) - dlse
+    keys, values = keys[:, None], values[:, None]
+
+    def read(gradients, query):
+        def step(tile, state):
+            dq, dkeys, dvalues = state
+            start = masking.start(tile)
+            key, value = masking.slice(keys, 0, start), masking.slice(values, 0, start)
+            scores, visible, slope = masking.scores(query, key, tile)
+            weights = jnp.where(visible, jnp.exp(scores - query["lse"][..., None]), 0)
+            dweights = _dot("bktgh,bksh->bktgs", query["dz"], value)
+            dscores = weights * (dweights - query["delta"][..., None]) * options.scale
+            if slope is not None:
+                dscores = dscores * slope
+            dvalues = masking.add(dvalues, start, _dot("bktgs,bktgh->bksh", weights, query["dz"]))
+            dkeys = masking.add(dkeys, start, _dot("bktgs,bktgh->bksh", dscores, query["q"]))
+            return dq + _dot("bktgs,bksh->bktgh", dscores, key), dkeys, dvalues
+
+        zero = jnp.zeros(query["q"].shape, dtype)
+        dq, *gradients = masking.loop(query, step, (zero, *gradients))
+        return tuple(gradients), dq
+
+    gradients = jnp.zeros(keys[:, 0].shape, dtype), jnp.zeros(values[:, 0].shape, dtype)
+    per_query = {"q": q, "dz": dz, "lse": lse, "delta": delta}
+    queries = _tile_queries(per_query, q_positions, q_starts, num_kv_heads)
+    several = _several(queries)
+    (dkeys, dvalues), dq = (
+        jax.lax.scan(read, gradients, queries) if several else read(gradients, queries)
+    )
+    dsinks = None
+    if sinks is not None:
+        dsinks = -jnp.einsum("btn,btn->n", jnp.exp(sinks - lse), delta).astype(sinks.dtype)
+    return (
+        _untile(dq, q, several).astype(q.dtype),
+        dkeys.astype(keys.dtype),
+        dvalues.astype(values.dtype),
+        dsinks,
+    )
+
+
+class _Masking:
+    """Which tiles of keys a tile of queries sees, and the masked scores of one such tile."""
+
+    def __init__(self, options, num_cells, kv_positions, alibi, num_kv_heads):
+        self.options = options
+        self.num_cells = num_cells
+        self.size = min(num_cells, KEY_TILE)
+        self.num_tiles = -(-num_cells // self.size)
+        self.kv_positions = kv_positions
+        self.slopes = None if alibi is None else _grouped_heads(alibi, num_kv_heads)[..., None]
+
+    def start(self, tile):
+        """First cell of a tile; the last tile is moved back to end with the block."""
+        return jnp.minimum(tile * self.size, self.num_cells - self.size)
+
+    def slice(self, blocks, layer, start):
+        """One tile [B, K, size, H] of one layer of blocks [B, L, K, S, H]."""
+        if self.num_tiles == 1 and blocks.shape[1] == 1:
+            return blocks[:, 0]
+        blocks = jax.lax.dynamic_index_in_dim(blocks, layer, 1, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(blocks, start, self.size, 2)
+
+    def add(self, block, start, tile):
+        """Adds a tile of gradient [B, K, size, H] to a block's [B, K, S, H]."""
+        if self.num_tiles == 1:
+            return block + tile
+        old = jax.lax.dynamic_slice_in_dim(block, start, self.size, 2)
+        return jax.lax.dynamic_update_slice_in_dim(block, old + tile, start, 2)
+
+    def scores(self, query, key, tile):
+        """Scores [B, K, T, G, size], which of them are visible, and the soft cap's slope."""
+        options = self.options
+        scores = _dot("bktgh,bksh->bktgs", query["q"], key) * options.scale
+        slope = None
+        if options.soft_cap is not None:
+            bent = jnp.tanh(scores / options.soft_cap)
+            scores, slope = bent * options.soft_cap, 1 - bent**2
+        start = self.start(tile)
+        cells = start + jnp.arange(self.size)
+        positions = cells[None]
+        if self.kv_positions is not None:
+            positions = jax.lax.dynamic_slice_in_dim(self.kv_positions, start, self.size, 1)
+        distance = query["positions"][:, :, None] - positions[:, None, :]
+        first = 0 if query["starts"] is None else jnp.maximum(query["starts"], 0)[:, :, None]
+        visible = (distance >= 0) & (positions[:, None, :] >= first)
+        if options.window is not None:
+            visible &= distance < options.window
+        if self.num_cells % self.size:  # cells that the tile before has read already
+            visible &= cells >= tile * self.size
+        if self.slopes is not None:
+            scores -= self.slopes * distance[:, None, :, None, :]
+        visible = visible[:, None, :, None, :]
+        return jnp.where(visible, scores, MASKED), visible, slope
+
+    def loop(self, query, step, state):
+        """Runs `step(tile, state)` over the tiles that some query of the tile sees."""
+        if self.num_tiles == 1:
+            return step(0, state)
+        return jax.lax.fori_loop(*self._range(query), step, state)
+
+    def _range(self, query):
+        """The first tile that is seen, and the one after the last."""
+        positions = query["positions"]
+        real = positions >= 0
+        last = positions.max()
+        first = jnp.zeros_like(positions) if query["starts"] is None else query["starts"]
+        if self.options.window is not None:
+            first = jnp.maximum(first, positions - self.options.window + 1)
+        first = jnp.maximum(jnp.where(real, first, jnp.iinfo(jnp.int32).max).min(), 0)
+        if self.kv_positions is None:
+            stop = jnp.minimum(last // self.size + 1, self.num_tiles)
+            return jnp.minimum(first // self.size, stop), stop
+        short = self.num_tiles * self.size - self.num_cells
+        held = jnp.pad(self.kv_positions, ((0, 0), (0, short)), constant_values=-1)
+        held = held.reshape(-1, self.num_tiles, self.size)
+        lowest = jnp.where(held < 0, jnp.iinfo(jnp.int32).max, held).min((0, 2))
+        seen = (lowest <= last) & (held.max((0, 2)) >= first)
+        stop = jnp.where(seen.any(), self.num_tiles - jnp.argmax(seen[::-1]), 0)
+        return jnp.argmax(seen), stop
+
+
+def _tile_queries(arrays, positions, starts, num_kv_heads):
+    """Groups arrays [B, T, N, ...] by key head and cuts T into tiles, on a new leading axis.
+
+    One tile gets no such axis. Rows are padded with position -1, which reads nothing.
+    """
+    _, T, N = next(iter(arrays.values())).shape[:3]
+    size = min(T, max(1, QUERY_ROWS * num_kv_heads // N))
+    short = -T % size
+
+    def tiled(x, fill=0):
+        if x is None:
+            return None
+        x = jnp.pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    def grouped(x):  # [tiles, B, t, N, ...] -> [tiles, B, K, t, G, ...]
+        x = x.reshape(*x.shape[:3], num_kv_heads, N // num_kv_heads, *x.shape[4:])
+        return jnp.moveaxis(x, 3, 2)
+
+    queries = {name: grouped(tiled(x)) for name, x in arrays.items()}
+    queries |= {"positions": tiled(positions, -1), "starts": tiled(starts)}
+    return jax.tree.map(lambda x: x[0], queries) if size == T else queries
+
+
+def _several(queries):
+    return queries["positions"].ndim == 3
+
+
+def _untile(results, like, tiled):
+    """Undoes `_tile_queries`: [(tiles,) B, K, t, G, ...] -> [B, T, N, ...]."""
+    B, T, N, _ = like.shape
+
+    def whole(x):
+        x = jnp.moveaxis(x if tiled else x[None], 0, 2)  # [B, K, tiles, t, G, ...]
+        x = x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :T]
+        return jnp.moveaxis(x, 1, 2).reshape(B, T, N, *x.shape[4:])
+
+    return jax.tree.map(whole, results)
+
+
+def _grouped_heads(x, num_kv_heads):
+    """[N] -> [1, K, 1, G], to go with [B, K, T, G]."""
+    return x.reshape(1, num_kv_heads, 1, -1)
+
+
+def _accumulator(q):
+    return jnp.promote_types(q.dtype, jnp.float32)
+
+
+def _dot(subscripts, a, b):
+    """A product in the narrower of both types, summed in float32 or wider."""
+    accumulate = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = a.dtype if a.dtype.itemsize < b.dtype.itemsize else b.dtype
+    return jnp.einsum(
+        subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulate
+    )
