@@ -40,10 +40,8 @@ def define(name: str, fun: Callable, batch: Callable) -> core.Primitive:
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=True))
 
     def batching_rule(operands, dims, **params):
-        dims = [None if d is batching.not_mapped else d for d in dims]
         size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-        results, result_dims = batch(size, operands, dims, **params)
-        return results, [batching.not_mapped if d is None else d for d in result_dims]
+        return batch(size, operands, dims, **params)
 
     batching.primitive_batchers[primitive] = batching_rule
 

@@ -1,0 +1,272 @@
+"""What a transformer is made of: one frozen dataclass, and the shapes people use."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+CHOICES = {
+    "positions": ("rotary", "learned", "alibi", "none"),
+    "norm": ("rms", "layer"),
+    "norm_placement": ("pre", "post", "both"),
+    "feed_forward": ("gelu", "swiglu", "geglu"),
+    "biases": ("none", "qkv", "all"),
+    "remat": ("none", "segments", "dots"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies stretch to contexts longer than those of training.
+
+    kind: "linear" (arXiv:2306.15595), "ntk" (a larger base, by bloc97), "llama3" (Llama 3.1) or
+      "yarn" (arXiv:2309.00071).
+    factor: how many times longer the context becomes.
+    original_max_length: the length of training; for llama3 and yarn.
+    low_frequency_factor, high_frequency_factor: llama3: wavelengths over original_max_length / low
+      are divided by factor, those under original_max_length / high are kept.
+    beta_fast, beta_slow: yarn: rotations over the original context, above and below which a
+      frequency is kept and divided.
+    attention_factor: yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1.
+    """
+
+    kind: str
+    factor: float
+    original_max_length: int = 8192
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    KINDS = ("linear", "ntk", "llama3", "yarn")
+
+    def __post_init__(self):
+        if self.kind not in self.KINDS:
+            raise ValueError(
+                f"rotary scaling kind={self.kind!r}; choose one of {', '.join(self.KINDS)}."
+            )
+        if self.factor < 1:
+            raise ValueError(f"rotary scaling factor={self.factor}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A transformer's architecture and how it is computed.
+
+    vocab_size, max_length: tokens of the vocabulary, positions at most.
+    num_layers, width: L and E.
+    num_heads, num_kv_heads, head_size: N, K (None: N) and H (None: E / N).
+    feed_forward_width: F; None: 4 E.
+    positions: "rotary" (arXiv:2104.09864), "learned", "alibi" (arXiv:2108.12409) or "none".
+    rotary_base, rotary_fraction, rotary_scaling: base of the frequencies, the part of each head
+      that turns, and how frequencies are stretched.
+    rotary_window_base: base for layers with a window (Gemma 3); None: rotary_base, and scaled.
+    norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer, after its residual
+      sum (post), or before and on its output (both, as in Gemma 2).
+    feed_forward: "gelu" (tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
+    biases: on no projection, on q/k/v only (Qwen 2), or on all.
+    qk_norm: RMSNorm on each head of q and k.
+    window: positions that a layer sees: None (all), a number, or a pattern of both that repeats
+      over the layers, as (512, 512, None).
+    attention_scale: factor on q.k; None: 1 / sqrt(H).
+    attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) on scores and logits; None: off.
+    attention_sinks: a learned logit per head in the softmax's denominator (gpt-oss).
+    parallel_residual: attention and feed-forward read the same input (GPT-J).
+    tie_embeddings: the output matrix is the embedding.
+    embedding_scale: factor on token embeddings (Gemma: sqrt(E)).
+    num_experts, experts_per_token: mixture of experts where num_experts > 0; the top-k gates are
+      renormalised by softmax over the chosen ones (Mixtral).
+    scan_layers: the layers are one compiled loop; compile time stays flat in num_layers.
+    remat: "none"; "segments" saves q, k, v, z and recomputes between the instructions in the
+      backward pass; "dots" also saves the results of matrix products.
+    dtype: "float32" or "bfloat16", in which is computed; parameters are float32.
+
+    Raises:
+      ValueError: a choice that does not exist, or sizes that do not fit together.
+    """
+
+    vocab_size: int
+    max_length: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_size: int | None = None
+    feed_forward_width: int | None = None
+    positions: str = "rotary"
+    rotary_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    rotary_scaling: RotaryScaling | None = None
+    rotary_window_base: float | None = None
+    norm: str = "rms"
+    norm_placement: str = "pre"
+    norm_epsilon: float = 1e-6
+    feed_forward: str = "swiglu"
+    biases: str = "none"
+    qk_norm: bool = False
+    window: int | None | tuple[int | None, ...] = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    attention_sinks: bool = False
+    parallel_residual: bool = False
+    tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 2
+    scan_layers: bool = False
+    remat: str = "none"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        fill = lambda name, value: object.__setattr__(self, name, value)
+        if self.num_kv_heads is None:
+            fill("num_kv_heads", self.num_heads)
+        if isinstance(self.window, list):
+            fill("window", tuple(self.window))
+        if isinstance(self.rotary_scaling, dict):
+            fill("rotary_scaling", RotaryScaling(**self.rotary_scaling))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not exist; choose one of "
+                    f"{', '.join(choices)}."
+                )
+        sizes = ("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1.")
+        if self.head_size is None:
+            if self.width % self.num_heads:
+                raise ValueError(
+                    f"width={self.width} is no multiple of num_heads={self.num_heads}; "
+                    "change one of them, or set head_size."
+                )
+            fill("head_size", self.width // self.num_heads)
+        if self.feed_forward_width is None:
+            fill("feed_forward_width", 4 * self.width)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}."
+            )
+        if self.positions == "rotary" and self.rotary_size % 2:
+            raise ValueError(
+                f"rotary positions turn pairs, and head_size={self.head_size} with "
+                f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size} numbers."
+            )
+        if any(w is not None and w < 1 for w in self.pattern):
+            raise ValueError(f"window={self.window}; a window is at least 1, or None for all.")
+        if self.scan_layers and self.num_layers % len(self.pattern):
+            raise ValueError(
+                f"scan_layers repeats the window pattern of {len(self.pattern)} layers, and "
+                f"num_layers={self.num_layers} is no multiple of it; set scan_layers=False."
+            )
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise ValueError(
+                f"parallel_residual goes with norm_placement='pre', not {self.norm_placement!r}."
+            )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token}; with num_experts={self.num_experts} "
+                f"it is between 1 and {self.num_experts}."
+            )
+
+    @property
+    def pattern(self) -> tuple[int | None, ...]:
+        """The windows of the layers, in the shortest pattern that repeats."""
+        return self.window if isinstance(self.window, tuple) else (self.window,)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        return tuple(self.pattern[n % len(self.pattern)] for n in range(self.num_layers))
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of each head turn."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a jax dtype."""
+        return jnp.dtype(self.dtype)
+
+    def replace(self, **changes) -> Config:
+        """The same config with some fields changed.
+
+        Fields that were derived (head_size, feed_forward_width, num_kv_heads) keep their values.
+        """
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """A dict of plain values, for JSON; `Config(**d)` reads it back."""
+        return dataclasses.asdict(self)
+
+
+_GPT2 = Config(
+    vocab_size=50257,
+    max_length=1024,
+    num_layers=12,
+    width=768,
+    num_heads=12,
+    positions="learned",
+    norm="layer",
+    norm_epsilon=1e-5,
+    feed_forward="gelu",
+    biases="all",
+)
+
+
+def _gpt2(num_layers, width, num_heads):
+    return dataclasses.replace(
+        _GPT2,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=None,
+        head_size=None,
+        feed_forward_width=None,
+    )
+
+
+presets: dict[str, Config] = {
+    "tiny": Config(
+        vocab_size=257,
+        max_length=256,
+        num_layers=2,
+        width=64,
+        num_heads=4,
+        num_kv_heads=2,
+        feed_forward_width=160,
+    ),
+    "small": Config(
+        vocab_size=4096,
+        max_length=1024,
+        num_layers=8,
+        width=512,
+        num_heads=8,
+        feed_forward_width=1376,
+        qk_norm=True,
+    ),
+    "gpt2": _GPT2,
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    "llama-1b": Config(
+        vocab_size=128256,
+        max_length=131072,
+        num_layers=16,
+        width=2048,
+        num_heads=32,
+        num_kv_heads=8,
+        feed_forward_width=8192,
+        rotary_base=500_000.0,
+        rotary_scaling=RotaryScaling("llama3", factor=32.0),
+        norm_epsilon=1e-5,
+        dtype="bfloat16",
+    ),
+}
