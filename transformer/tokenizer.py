@@ -201,9 +201,10 @@ def cached_bpe(
 ) -> Tokenizer:
     """`train_bpe`, or what it gave before for the same texts, size and pattern.
 
-    Each tokenizer has its own folder under `cache_directory`, named by a hash of what made it.
+    Each tokenizer has its own folder under `cache_directory`, named by its size and a
+    hash of the pattern and the texts.
     """
-    digest = hashlib.sha256(f"{vocab_size}\n{PATTERN}\n".encode())
+    digest = hashlib.sha256(PATTERN.encode())
     for text in texts:
         content = text.encode()
         digest.update(len(content).to_bytes(8, "big") + content)

@@ -126,7 +126,7 @@ def test_training_is_deterministic_across_processes(tmp_path):
     ).read_bytes()
 
 
-def test_cache_trains_once_for_each_corpus_and_size(tmp_path, monkeypatch):
+def test_cache_trains_once_for_each_corpus_size_and_pattern(tmp_path, monkeypatch):
     trained = []
 
     def counting(texts, vocab_size):
@@ -140,7 +140,9 @@ def test_cache_trains_once_for_each_corpus_and_size(tmp_path, monkeypatch):
     assert again.encode(CORPUS[0]) == first.encode(CORPUS[0])
     cached_bpe(CORPUS, 290, tmp_path)
     cached_bpe(["".join(CORPUS)], 280, tmp_path)
-    assert trained == [280, 290, 280]
+    monkeypatch.setattr(tokenizer_module, "PATTERN", r"\s+|\S+")
+    cached_bpe(CORPUS, 280, tmp_path)
+    assert trained == [280, 290, 280, 280]
 
 
 def test_killed_training_leaves_no_file_that_is_taken_for_a_tokenizer(tmp_path, monkeypatch):
