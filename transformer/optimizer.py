@@ -1,0 +1,142 @@
+"""Optimizers: AdamW and Muon, with warm-up, cosine decay, clipping and masked weight decay."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+from optax import contrib
+
+NAMES = ("adamw", "muon")
+# The matrices of a layer, by the names of their fields in `Linear` and `Experts`.
+_MATRICES = {"weight", "router", "up", "gate", "down"}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters follow their gradients.
+
+    name: "adamw" (arXiv:1711.05101) or "muon" (K. Jordan 2024; arXiv:2502.16982): the matrices of
+      the layers by Muon, everything else by Adam.
+    learning_rate: the peak, above 0.
+    warmup_steps: steps of linear growth before the peak, fewer than all steps.
+    final_fraction: the cosine ends at final_fraction * learning_rate; 0..1.
+    b1, b2, eps: Adam's decay rates, in [0, 1), and the term in its denominator.
+    weight_decay: decoupled, times the learning rate; on `layer_matrices` only.
+    clip_norm: gradients of a larger global norm are scaled down to it; None: never.
+    momentum: Muon's, in [0, 1).
+    adam_learning_rate: the peak for what Muon leaves to Adam; None: learning_rate. Muon's updates
+      are scaled to the root mean square of Adam's, so one rate goes for both.
+
+    Raises:
+      ValueError: a name that does not exist, or a value out of its range.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    momentum: float = 0.95
+    adam_learning_rate: float | None = None
+
+    def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(
+                f"optimizer name={self.name!r} does not exist; choose one of {', '.join(NAMES)}."
+            )
+        rate, clip = self.adam_learning_rate, self.clip_norm
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("warmup_steps", self.warmup_steps >= 0, "0 or more")
+        self._require("final_fraction", 0 <= self.final_fraction <= 1, "between 0 and 1")
+        self._require("b1", 0 <= self.b1 < 1, "at least 0 and below 1")
+        self._require("b2", 0 <= self.b2 < 1, "at least 0 and below 1")
+        self._require("eps", self.eps > 0, "above 0")
+        self._require("weight_decay", self.weight_decay >= 0, "0 or more")
+        self._require("clip_norm", clip is None or clip > 0, "above 0, or None for no clipping")
+        self._require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        self._require("adam_learning_rate", rate is None or rate > 0, "above 0, or None")
+
+    def _require(self, name, holds, allowed):
+        if not holds:
+            raise ValueError(f"optimizer {name}={getattr(self, name)}; it must be {allowed}.")
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of each step, 0..total_steps - 1.
+
+    With w = warmup_steps it is peak * (step + 1) / (w + 1) up to step w, then a cosine
+    (arXiv:1608.03983) that reaches final_fraction * peak at step total_steps.
+
+    Raises:
+      ValueError: total_steps is not more than warmup_steps.
+    """
+    return _schedule(config.learning_rate, config, total_steps)
+
+
+def _schedule(peak, config, total_steps):
+    if total_steps <= config.warmup_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} leaves nothing of {total_steps} steps; make the "
+            "warm-up shorter or train for longer."
+        )
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (config.warmup_steps + 1),
+        peak_value=peak,
+        warmup_steps=config.warmup_steps,
+        decay_steps=total_steps,
+        end_value=peak * config.final_fraction,
+    )
+
+
+def layer_matrices(params):
+    """Which parameters are matrices of the layers: a tree like `params` of bools.
+
+    These decay, and Muon moves them. Norms, biases and sinks do not decay, being few and having no
+    redundant scale; nor do embeddings, learned positions and the output matrix, whose rows of rare
+    tokens would shrink between their rare gradients (OLMo 2, arXiv:2501.00656, section 3.3).
+    """
+
+    def is_matrix(path, _):
+        names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        return names[0] == "layers" and names[-1] in _MATRICES
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer of a config, for `Params` and a run of total_steps.
+
+    Raises:
+      ValueError: total_steps is not more than warmup_steps.
+    """
+    schedule = learning_rate(config, total_steps)
+    adam = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule, **adam, weight_decay=config.weight_decay, mask=layer_matrices
+        )
+    else:
+        update = contrib.muon(
+            schedule,
+            beta=config.momentum,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_dimension_numbers,
+            consistent_rms=0.2,  # the root mean square of Adam's updates: arXiv:2502.16982
+            adam_learning_rate=_schedule(
+                config.adam_learning_rate or config.learning_rate, config, total_steps
+            ),
+            **{f"adam_{name}": value for name, value in adam.items() if name != "eps"},
+        )
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(*clip, update)
+
+
+def _dimension_numbers(params):
+    """Every matrix ends with [in, out]; axes before that (repeats, experts) are a batch."""
+    ends = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree.map(lambda matrix: ends if matrix else None, layer_matrices(params))
