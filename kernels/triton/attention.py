@@ -1,0 +1,202 @@
+"""The differentiable op: attention by position, forward and backward in Triton."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from kernels.options import Options
+from kernels.triton.adapter import call, vary_like
+from kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
+from kernels.triton.forward_kernel import forward_kernel
+from kernels.triton.launches import architecture, launch, width
+
+
+def attend(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions=None,
+    q_starts=None,
+    sinks=None,
+    alibi=None,
+    *,
+    options: Options,
+    on: int | None = None,
+):
+    """Attention by position: a query at i reads the keys at start..i.
+
+    Args:
+      q: [B, T, N, H], float32, bfloat16 or float16; H up to 256.
+      keys, values: [B, K, S, H]; N is a multiple of K. Products are in the narrower of the dtypes
+        of q and keys.
+      q_positions: [B or 1, T] int32; a negative position is padding, which reads nothing.
+      kv_positions: [B or 1, S] int32, negative where a cell is empty; None: cell s holds
+        position s.
+      q_starts: [B or 1, T] int32, the first position each query may read; None: 0.
+      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
+      alibi: [N] constant slopes, score -= slope * (i - p) (arXiv:2108.12409); None: none.
+      options: scale, window, soft cap.
+      on: the architecture to compile for, as in `launches.target`; None: `architecture()`.
+
+    Returns:
+      z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
+      of the scores in float32, -inf where a query reads nothing. Both have gradients, for q, keys,
+      values and sinks; the same operands give the same bits every time.
+
+    Raises:
+      NotImplementedError: the head size, dtype or architecture is not in the launch table.
+    """
+    B, _, N, _ = q.shape
+    dtype = keys.dtype if keys.dtype.itemsize < q.dtype.itemsize else q.dtype
+
+    def rows(x):
+        return None if x is None else jnp.broadcast_to(x.astype(jnp.int32), (B, x.shape[1]))
+
+    def heads(x):
+        return None if x is None else jnp.broadcast_to(x.astype(jnp.float32), (B, N))
+
+    operands = (
+        q.astype(dtype),
+        keys.astype(dtype),
+        values.astype(dtype),
+        rows(q_positions),
+        rows(kv_positions),
+        rows(q_starts),
+        heads(sinks),
+        heads(alibi),
+    )
+    # Inside shard_map all operands vary alike, so that JAX itself sums the gradient of one that is
+    # the same on every device.
+    operands = jax.tree.map(lambda x: vary_like(x, jax.tree.leaves(operands)), operands)
+    z, lse = _attend(options, architecture() if on is None else on, *operands)
+    return z.astype(q.dtype), lse.swapaxes(1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(options, on, *operands):
+    return _foldable(_forward, options, on)(*operands)
+
+
+def _attend_fwd(options, on, *operands):
+    z, lse = _attend(options, on, *operands)
+    return (z, lse), (operands, z, lse)
+
+
+def _foldable(function, options, on):
+    """`function` with a batching rule: a mapped axis joins the leading axis of every operand."""
+    function = custom_vmap(partial(function, options, on))
+
+    @function.def_vmap
+    def _(size, mapped, *operands):
+        def fold(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = function(*jax.tree.map(fold, operands, tuple(mapped)))
+        unfolded = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return unfolded, jax.tree.map(lambda _: True, results)
+
+    return function
+
+
+def score_constants(options, head_size, alibi):
+    """The constants that all kernels share: the head size and how a score is made."""
+    plain = options.soft_cap is None and alibi is None
+    return {
+        "H": head_size,
+        "WIDTH": width(head_size),
+        "SCALE": options.scale,
+        "WINDOW": options.window,
+        "SOFT_CAP": options.soft_cap,
+        "UNIT": math.log2(math.e) * (options.scale if plain else 1),
+        "HAS_ALIBI": alibi is not None,
+    }
+
+
+def _constants(options, q, keys, kv_positions, q_starts, alibi):
+    return score_constants(options, q.shape[3], alibi) | {
+        "N": q.shape[2],
+        "K": keys.shape[1],
+        "HAS_KV_POSITIONS": kv_positions is not None,
+        "HAS_STARTS": q_starts is not None,
+    }
+
+
+def _forward(options, on, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi):
+    """Returns z [B, T, N, H] and the log-sum-exp [B, N, T]."""
+    B, T, N, H = q.shape
+    tile = launch("forward", on, H, q.dtype)
+    return call(
+        forward_kernel,
+        q,
+        keys,
+        values,
+        q_positions,
+        kv_positions,
+        q_starts,
+        sinks,
+        alibi,
+        T,
+        keys.shape[2],
+        outputs=[_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        programs=B * N * -(-T // tile.block_m),
+        launch=tile,
+        architecture=on,
+        HAS_SINKS=sinks is not None,
+        **_constants(options, q, keys, kv_positions, q_starts, alibi),
+    )
+
+
+def _backward(options, on, operands, z, lse, dz, dlse):
+    """Gradients of q, keys, values and sinks [B, N] (None without sinks)."""
+    q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi = operands
+    B, T, N, H = q.shape
+    K, S = keys.shape[1:3]
+    # A sum of products, not an einsum: a GPU would make that a matrix product in lower precision.
+    delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(3).swapaxes(1, 2) - dlse
+    arrays = (q, keys, values, q_positions, kv_positions, q_starts, alibi, dz, lse, delta)
+    constants = _constants(options, q, keys, kv_positions, q_starts, alibi)
+    tile = launch("dq", on, H, q.dtype)
+    (dq,) = call(
+        dq_kernel,
+        *arrays,
+        T,
+        S,
+        outputs=[_like(q)],
+        programs=B * N * -(-T // tile.block_m),
+        launch=tile,
+        architecture=on,
+        **constants,
+    )
+    tile = launch("dkdv", on, H, q.dtype)
+    dkeys, dvalues = call(
+        dkdv_kernel,
+        *arrays,
+        T,
+        S,
+        outputs=[_like(keys), _like(values)],
+        programs=B * K * -(-S // tile.block_n),
+        launch=tile,
+        architecture=on,
+        **constants,
+    )
+    if sinks is None:
+        return dq, dkeys, dvalues, None
+    return dq, dkeys, dvalues, -(jnp.exp(sinks[:, :, None] - lse) * delta).sum(2)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _attend_bwd(options, on, residuals, cotangents):
+    gradients = _foldable(_backward, options, on)(*residuals, *cotangents)
+    dq, dkeys, dvalues, dsinks = gradients
+    return dq, dkeys, dvalues, None, None, None, dsinks, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,320 @@
+"""Flash attention, backward: one kernel for dq, one for dk and dv, neither with atomics.
+
+Both recompute the weights from the log-sum-exp. With `delta` the sum of z * dz over a row, less the
+log-sum-exp's own cotangent, d loss / d score = weight * (d loss / d weight - delta).
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.triton.tiles import (
+    LOG2E,
+    PRECISION,
+    key_positions,
+    load_rows,
+    query_intervals,
+    scores,
+    store_rows,
+    tile_start,
+    visible_keys,
+    visible_queries,
+)
+
+
+@triton.jit
+def _weights_and_dscores(
+    products,
+    dweights,
+    distance,
+    seen,
+    lse,
+    delta,
+    slope,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The weights, and the gradient of SCALE * q.k, of one tile; `lse` counts in powers of two."""
+    s, tanh = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
+    weights = tl.exp2(s * UNIT - lse)
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    dscores = weights * (dweights - delta)
+    if SOFT_CAP is not None:
+        dscores *= 1.0 - tanh * tanh
+    return weights, dscores
+
+
+@triton.jit
+def _read_dq(
+    dq,
+    rows,
+    slope,
+    intervals,
+    hull,
+    block,
+    runs,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_KV_POSITIONS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds to dq [rows, WIDTH] what the tiles of keys in `runs` give."""
+    query, dz, lse, delta = rows
+    first, last = intervals
+    lowest, highest = hull
+    keys, values, kv_positions, S = block
+    for index in range(runs[3]):
+        cells = tile_start(runs, index, BLOCK_N) + tl.arange(0, BLOCK_N)
+        positions = cells
+        if MASKED:
+            positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
+        inside = (positions >= lowest) & (positions <= highest)
+        key = load_rows(keys, cells, H, inside, H, WIDTH, MASKED)
+        value = load_rows(values, cells, H, inside, H, WIDTH, MASKED)
+        distance = last[:, None] - positions[None, :]
+        seen = (distance >= 0) & (positions[None, :] >= first[:, None])
+        _, dscores = _weights_and_dscores(
+            tl.dot(query, tl.trans(key), input_precision=PRECISION),
+            tl.dot(dz, tl.trans(value), input_precision=PRECISION),
+            distance,
+            seen,
+            lse[:, None],
+            delta[:, None],
+            slope,
+            SCALE,
+            SOFT_CAP,
+            UNIT,
+            HAS_ALIBI,
+            MASKED,
+        )
+        dq = tl.dot(dscores.to(key.dtype), key, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def dq_kernel(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions,
+    q_starts,
+    alibi,
+    dz,
+    lse,
+    delta,
+    T,
+    S,
+    dq,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_KV_POSITIONS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """q, dz, dq [B, T, N, H]; keys, values [B, K, S, H]; lse, delta [B, N, T]; alibi [B, N].
+
+    Programs: B * N * ceil(T / BLOCK_M).
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # of all B * N
+    b = head // N
+    n = head % N
+    kv_head = b * K + n // (N // K)
+    block = (keys + kv_head * S * H, values + kv_head * S * H, kv_positions + b * S, S)
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < T
+    offsets = (b * T + rows) * N + n
+    first, last = query_intervals(
+        q_positions + b * T, q_starts + b * T, rows, T, HAS_STARTS, WINDOW
+    )
+    full, masked, hull = visible_keys(
+        first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N
+    )
+    per_row = (
+        load_rows(q, offsets, H, inside, H, WIDTH, True),
+        load_rows(dz, offsets, H, inside, H, WIDTH, True),
+        tl.load(lse + head * T + rows, mask=inside, other=0.0) * LOG2E,
+        tl.load(delta + head * T + rows, mask=inside, other=0.0),
+    )
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi + head)
+    total = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
+    for MASKED in tl.static_range(2):
+        if MASKED or not HAS_KV_POSITIONS:
+            total = _read_dq(
+                total,
+                per_row,
+                slope,
+                (first, last),
+                hull,
+                block,
+                masked if MASKED else full,
+                H=H,
+                WIDTH=WIDTH,
+                SCALE=SCALE,
+                SOFT_CAP=SOFT_CAP,
+                UNIT=UNIT,
+                HAS_KV_POSITIONS=HAS_KV_POSITIONS,
+                HAS_ALIBI=HAS_ALIBI,
+                BLOCK_N=BLOCK_N,
+                MASKED=MASKED,
+            )
+    store_rows(dq, offsets, H, inside, total * SCALE, H, WIDTH)
+
+
+@triton.jit
+def _read_dkdv(
+    gradients,
+    tile,
+    slope,
+    per_head,
+    per_query,
+    runs,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds to (dk, dv) what the tiles of queries in `runs` give; scores here are [keys, queries]."""
+    dk, dv = gradients
+    key, value, positions = tile
+    q, dz, lse, delta = per_head
+    q_positions, q_starts, T = per_query
+    for index in range(runs[3]):
+        rows = tile_start(runs, index, BLOCK_M) + tl.arange(0, BLOCK_M)
+        inside = rows < T
+        offsets = rows.to(tl.int64) * N
+        query = load_rows(q, offsets, H, inside, H, WIDTH, MASKED)
+        dz_tile = load_rows(dz, offsets, H, inside, H, WIDTH, MASKED)
+        first, last = query_intervals(q_positions, q_starts, rows, T, HAS_STARTS, WINDOW)
+        distance = last[None, :] - positions[:, None]
+        seen = (distance >= 0) & (positions[:, None] >= first[None, :])
+        lse_row = tl.load(lse + rows, mask=inside, other=0.0) * LOG2E
+        delta_row = tl.load(delta + rows, mask=inside, other=0.0)
+        weights, dscores = _weights_and_dscores(
+            tl.dot(key, tl.trans(query), input_precision=PRECISION),
+            tl.dot(value, tl.trans(dz_tile), input_precision=PRECISION),
+            distance,
+            seen,
+            lse_row[None, :],
+            delta_row[None, :],
+            slope,
+            SCALE,
+            SOFT_CAP,
+            UNIT,
+            HAS_ALIBI,
+            MASKED,
+        )
+        dv = tl.dot(weights.to(dz_tile.dtype), dz_tile, dv, input_precision=PRECISION)
+        dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkdv_kernel(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions,
+    q_starts,
+    alibi,
+    dz,
+    lse,
+    delta,
+    T,
+    S,
+    dkeys,
+    dvalues,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_KV_POSITIONS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """q, dz [B, T, N, H]; keys, values, dkeys, dvalues [B, K, S, H]; lse, delta [B, N, T].
+
+    Programs: B * K * ceil(S / BLOCK_N), each for all query heads of its key head.
+    """
+    tiles = tl.cdiv(S, BLOCK_N)
+    kv_head = (tl.program_id(0) // tiles).to(tl.int64)  # of all B * K
+    b = kv_head // K
+    group: tl.constexpr = N // K
+    cells = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    positions = key_positions(kv_positions + b * S, cells, S, HAS_KV_POSITIONS)
+    full, masked = visible_queries(
+        q_positions + b * T, q_starts + b * T, T, positions, HAS_STARTS, WINDOW, BLOCK_M
+    )
+    offsets = kv_head * S + cells
+    held = positions >= 0
+    tile = (
+        load_rows(keys, offsets, H, held, H, WIDTH, True),
+        load_rows(values, offsets, H, held, H, WIDTH, True),
+        positions,
+    )
+    dk = tl.full([BLOCK_N, WIDTH], 0.0, tl.float32)
+    dv = tl.full([BLOCK_N, WIDTH], 0.0, tl.float32)
+    for member in range(group):
+        n = (kv_head % K) * group + member
+        head = b * N + n
+        start = (b * T * N + n) * H
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(alibi + head)
+        for MASKED in tl.static_range(2):
+            dk, dv = _read_dkdv(
+                (dk, dv),
+                tile,
+                slope,
+                (q + start, dz + start, lse + head * T, delta + head * T),
+                (q_positions + b * T, q_starts + b * T, T),
+                masked if MASKED else full,
+                N=N,
+                H=H,
+                WIDTH=WIDTH,
+                SCALE=SCALE,
+                WINDOW=WINDOW,
+                SOFT_CAP=SOFT_CAP,
+                UNIT=UNIT,
+                HAS_STARTS=HAS_STARTS,
+                HAS_ALIBI=HAS_ALIBI,
+                BLOCK_M=BLOCK_M,
+                MASKED=MASKED,
+            )
+    store_rows(dkeys, offsets, H, cells < S, dk * SCALE, H, WIDTH)
+    store_rows(dvalues, offsets, H, cells < S, dv, H, WIDTH)

@@ -1,0 +1,117 @@
+"""The instruction for one token of each sequence: write one cell, read the cells up to it."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.options import Options
+from kernels.triton.adapter import call
+from kernels.triton.attention import score_constants
+from kernels.triton.decode_kernels import combine_kernel, decode_kernel
+from kernels.triton.launches import architecture, launch, power_of_two, split_size, width
+
+
+def decode(
+    keys,
+    values,
+    layer,
+    cells,
+    starts,
+    k,
+    v,
+    q,
+    sinks,
+    alibi,
+    *,
+    options: Options,
+    on: int | None = None,
+):
+    """Writes one new cell of each sequence into one layer's block in place, then reads.
+
+    Products are in the dtype of the blocks, sums in float32. There is no gradient and no batching
+    rule: sequences are the leading axis of every array.
+
+    Args:
+      keys, values: [B, L, K, S, H], written in place: donate them. A block of `options.window`
+        cells is a ring, where position p lives in cell p % window.
+      layer: scalar int32, which of the L layers.
+      cells: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
+      starts: [B or 1, 1] int32, the first position each token may read; None: 0.
+      k, v: [B, 1, K, H].
+      q: [B, 1, N, H].
+      sinks, alibi: [N] or None, as in `attend`.
+      options: scale, window, soft cap.
+      on: the architecture to compile for, as in `launches.target`; None: `architecture()`.
+
+    Returns:
+      keys, values with the new cells, and z [B, 1, N, H] in q's dtype.
+
+    Raises:
+      NotImplementedError: the head size, dtype or architecture is not in the launch table.
+    """
+    on = architecture() if on is None else on
+    B, L, K, S, H = keys.shape
+    N = q.shape[2]
+    tile = launch("decode", on, H, keys.dtype)
+    split = split_size(on, B * K, S)
+    splits = -(-S // split)
+
+    def rows(x):
+        return None if x is None else jnp.broadcast_to(x[:, 0].astype(jnp.int32), (B,))
+
+    def heads(x):
+        return None if x is None else x.astype(jnp.float32)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    keys, values, z, peaks, totals = call(
+        decode_kernel,
+        keys,
+        values,
+        jnp.asarray(layer, jnp.int32),
+        rows(cells),
+        rows(starts),
+        k.astype(keys.dtype),
+        v.astype(values.dtype),
+        q.astype(keys.dtype),
+        heads(sinks),
+        heads(alibi),
+        S,
+        outputs=[
+            shape(*keys.shape, dtype=keys.dtype),
+            shape(*values.shape, dtype=values.dtype),
+            shape(B, N, splits, H, dtype=q.dtype if splits == 1 else jnp.float32),
+            shape(B, N, splits),
+            shape(B, N, splits),
+        ],
+        programs=B * K * splits,
+        launch=tile,
+        architecture=on,
+        aliases={0: 0, 1: 1},
+        L=L,
+        N=N,
+        K=K,
+        GROUP=max(tile.block_m, power_of_two(N // K)),
+        SPLIT=split,
+        RING=options.window == S,
+        HAS_STARTS=starts is not None,
+        HAS_SINKS=sinks is not None,
+        **score_constants(options, H, alibi),
+    )
+    if splits > 1:
+        tile = launch("combine", on, H, jnp.float32)
+        (z,) = call(
+            combine_kernel,
+            z,
+            peaks,
+            totals,
+            outputs=[shape(B, N, H, dtype=q.dtype)],
+            programs=B * N,
+            launch=tile,
+            architecture=on,
+            H=H,
+            WIDTH=width(H),
+            SPLITS=splits,
+            PADDED_SPLITS=power_of_two(splits),
+        )
+    return keys, values, z.reshape(q.shape)

@@ -1,0 +1,147 @@
+"""How each kernel is launched: a fixed table per architecture, head size and dtype.
+
+There is no tuning at run time: it would make the numbers of one run differ from those of the next.
+"""
+
+import contextlib
+import contextvars
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+INTERPRETER = 0  # the architecture that runs the kernels' source on the CPU
+
+_target = contextvars.ContextVar("triton_target", default=None)
+
+
+class Launch(NamedTuple):
+    """Tile of queries, tile of keys, warps, and stages of the software pipeline over tiles."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@contextlib.contextmanager
+def target(architecture: int):
+    """Traces for a GPU that is not there, so that a CPU host can lower for it.
+
+    Args:
+      architecture: ten times the compute capability: 80, 90, 100, ...
+
+    The setting is read while tracing: a function that `jit` has traced before keeps its target.
+    """
+    token = _target.set(architecture)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def architecture() -> int:
+    """The architecture set by `target`, or that of this process's GPU.
+
+    Raises:
+      NotImplementedError: there is no CUDA GPU and no `target`.
+    """
+    if _target.get() is not None:
+        return _target.get()
+    devices = jax.local_devices()
+    if devices[0].platform != "gpu":
+        raise NotImplementedError(
+            f"triton kernels run on CUDA GPUs, and this process runs on {devices[0].platform}; "
+            "use the backend triton_interpret, or trace under kernels.triton.target(90)."
+        )
+    return round(10 * float(devices[0].compute_capability))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+def width(head_size: int) -> int:
+    """The head size that the kernels compute with: a power of two, at least 32."""
+    return max(32, power_of_two(head_size))
+
+
+def split_size(architecture: int, blocks: int, cells: int) -> int:
+    """Cells that one program of the decode kernel reads, of `blocks` blocks of `cells` cells.
+
+    Small, so that one sequence fills a GPU, but never so small that there are more programs than
+    keep a GPU busy: each costs a part that the second kernel merges.
+    """
+    size = 64 if architecture == INTERPRETER else 256
+    while blocks * -(-cells // size) > 2048:
+        size *= 2
+    return size
+
+
+def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
+    """The table's entry for a kernel: "forward", "dq", "dkdv", "decode", "combine".
+
+    Raises:
+      NotImplementedError: the table has no entry for the architecture, head size or dtype.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"triton kernels take float32, bfloat16, float16; got {dtype}.")
+    if head_size > 256:
+        raise NotImplementedError(f"triton kernels take a head size up to 256; got {head_size}.")
+    if kernel == "combine":
+        return Launch(1, 16, 4, 2)
+    if architecture == INTERPRETER:
+        return _INTERPRETED[kernel]
+    if architecture not in _FAMILY:
+        known = ", ".join(str(a / 10) for a in _FAMILY)
+        raise NotImplementedError(
+            f"triton kernels run on compute capability {known}; got {architecture / 10}."
+        )
+    return _TABLE[_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)][kernel]
+
+
+# The family whose entries an architecture uses. Those of 80 fit the smaller shared memory of
+# workstation and consumer chips, 99 KiB.
+_FAMILY = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 80}
+
+
+# Small tiles, unequal on purpose, so that small arrays have several of them.
+_INTERPRETED = {
+    "forward": Launch(64, 32, 4, 1),
+    "dq": Launch(32, 64, 4, 1),
+    "dkdv": Launch(32, 64, 4, 1),
+    "decode": Launch(16, 32, 4, 1),
+}
+
+
+def _entries(forward, dq, dkdv, decode):
+    return {
+        "forward": Launch(*forward),
+        "dq": Launch(*dq),
+        "dkdv": Launch(*dkdv),
+        "decode": Launch(*decode),
+    }
+
+
+# (architecture, bits of the dtype, width)
+_TABLE = {
+    (80, 16, 32): _entries((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 3)),
+    (80, 16, 64): _entries((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 3)),
+    (80, 16, 128): _entries((128, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2)),
+    (80, 16, 256): _entries((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 2)),
+    (80, 32, 32): _entries((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2)),
+    (80, 32, 64): _entries((64, 32, 4, 2), (64, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 2)),
+    (80, 32, 128): _entries((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 2)),
+    (80, 32, 256): _entries((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 2)),
+    (90, 16, 32): _entries((128, 128, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (16, 64, 4, 3)),
+    (90, 16, 64): _entries((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+    (90, 16, 128): _entries((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+    (90, 16, 256): _entries((128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 64, 4, 2)),
+    (90, 32, 32): _entries((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2)),
+    (90, 32, 64): _entries((64, 32, 4, 2), (64, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 2)),
+    (90, 32, 128): _entries((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 2)),
+    (90, 32, 256): _entries((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 2)),
+}
+_TABLE |= {(100, *key[1:]): value for key, value in _TABLE.items() if key[0] == 90}
