@@ -1,0 +1,23 @@
+"""A transformer as one function of one token: the public surface."""
+
+from transformer.cache import Block, Cache
+from transformer.config import Config, presets
+from transformer.model import Model, load, save, score
+from transformer.program import Params, init_cache, init_params, program
+from transformer.schedule import run
+
+__all__ = [
+    "Block",
+    "Cache",
+    "Config",
+    "Model",
+    "Params",
+    "init_cache",
+    "init_params",
+    "load",
+    "presets",
+    "program",
+    "run",
+    "save",
+    "score",
+]

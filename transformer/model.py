@@ -1,0 +1,173 @@
+"""A model: its config, its parameters and its tokenizer; on disk, and as a judge of text."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.checkpoint import Checkpoints
+from transformer.config import Config
+from transformer.program import Params, init_cache, init_params, program
+from transformer.schedule import check_tokens, parallel
+from transformer.tokenizer import Tokenizer
+
+CONFIG_FILE = "config.json"
+
+# Fields of `Config` that change how a function is computed, and neither it nor its parameters.
+_COMPUTATION = {"remat", "dtype"}
+# The shortest padded length of `score`.
+_SHORTEST = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    """What it takes to use a model: the architecture, the parameters and the tokenizer."""
+
+    config: Config
+    params: Params
+    tokenizer: Tokenizer
+
+
+def save(model: Model, path: str | os.PathLike) -> None:
+    """Saves a model as a new directory, which `load` reads.
+
+    Raises:
+      FileExistsError: something is there already.
+      transformer.checkpoint.CheckpointError: the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
+    with Checkpoints(path) as checkpoints:
+        checkpoints.save(0, {"params": model.params}, {})
+    write_description(path, model.config, model.tokenizer)
+
+
+def load(path: str | os.PathLike) -> Model:
+    """Reads a model that `save` wrote, or that of a training run from its work directory.
+
+    Of a run's checkpoints it is the one with the lowest validation loss, or the newest where none
+    has been validated; where that one is damaged, the next best, and a warning says so. Where the
+    run keeps a moving average of the parameters, that is what is read.
+
+    Raises:
+      FileNotFoundError: the directory is neither of the two.
+      ValueError: its description does not describe a model.
+      transformer.checkpoint.CheckpointError: no checkpoint in it can be read.
+    """
+    config = read_config(path)
+    tokenizer = Tokenizer.load(path)
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
+    averaged_first = lambda names: {"ema" if "ema" in names else "params": target}
+    with Checkpoints(path, read_only=True) as checkpoints:
+        items = checkpoints.restore(averaged_first, checkpoints.best_first).items
+    return Model(config, *items.values(), tokenizer)
+
+
+def score(model: Model, tokens, *, numerics: str = "fast") -> np.ndarray:
+    """Log-probabilities that a model gives to the tokens of one sequence, in the parallel mode.
+
+    Tokens are padded to a power of two, so that few lengths are ever compiled.
+
+    Args:
+      model: the model.
+      tokens: [T] int; the first one is given, not judged: for a whole document it is the
+        tokenizer's `end_of_document`.
+      numerics: as in `program`.
+
+    Returns:
+      float32 [T-1]: log p(tokens[t] | tokens[:t]) in nats for t = 1..T-1.
+
+    Raises:
+      ValueError: no tokens, more than `max_length` of them, or ids outside of the vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            "tokens are [T] integers, at least one; these are "
+            f"{list(tokens.shape)} of {tokens.dtype}."
+        )
+    length, max_length = len(tokens), model.config.max_length
+    if length > max_length:
+        raise ValueError(
+            f"{length} tokens are more than the {max_length} positions of the model "
+            "(max_length); score them in parts."
+        )
+    check_tokens(tokens, model.config.vocab_size)
+    padded = min(max(_SHORTEST, 1 << (length - 1).bit_length()), max_length)
+    filled = np.zeros(padded, np.int32)
+    filled[:length] = tokens
+    compute = _scorer(model.config, numerics)
+    return np.asarray(compute(model.params, filled, length))[: length - 1]
+
+
+@lru_cache(maxsize=16)
+def _scorer(config, numerics):
+    f = program(config, numerics=numerics)
+
+    @jax.jit
+    def compute(params, tokens, length):
+        positions = jnp.arange(len(tokens), dtype=jnp.int32)
+        positions = jnp.where(positions < length, positions, -1)
+        logits = parallel(f, params, init_cache(config, len(tokens)), tokens, positions)[1]
+        logprobs = jax.nn.log_softmax(logits[:-1])
+        return jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0]
+
+    return compute
+
+
+def write_description(directory: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes what describes a model besides its parameters, each file in one atomic step."""
+    tokenizer.save(directory)
+    write_json(Path(directory) / CONFIG_FILE, config.to_dict())
+
+
+def read_config(directory: str | os.PathLike) -> Config:
+    """Reads the architecture of the model in a directory.
+
+    Raises:
+      FileNotFoundError: the directory is neither a saved model nor a work directory.
+      ValueError: its file does not describe a model.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} is neither a saved model nor a work directory: it has no {CONFIG_FILE}."
+        )
+    try:
+        return Config(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a model: {error}") from error
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a file of JSON that is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def require_same_architecture(directory: str | os.PathLike, config: Config) -> None:
+    """Refuses to go on with a directory whose parameters have other shapes or another meaning.
+
+    Raises:
+      ValueError: names the fields that differ.
+    """
+    there, here = read_config(directory).to_dict(), config.to_dict()
+    differing = [
+        f"{name} is {there[name]} there and {here[name]} here"
+        for name in here
+        if name not in _COMPUTATION and there[name] != here[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{directory} holds a model of another architecture: {'; '.join(differing)}. "
+            "Use another work directory, or the config that this one was begun with."
+        )
