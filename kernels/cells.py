@@ -59,25 +59,39 @@ def write(block, cells, new):
 
 
 def write_one(blocks, layer, slots, new):
-    """Writes one cell of each sequence into one layer of blocks [B, L, K, S, H], in place.
+    """Writes one cell of each sequence, in place.
 
-    slots: [B or 1] int32; new: [B, 1, K, H].
+    Args:
+      blocks: [K, S, H] with, in front, an axis of B sequences unless there is one without an axis,
+        and an axis of L layers if `layer` is given.
+      layer: scalar int32 or None.
+      slots: [B or 1] int32.
+      new: [B, K, H].
     """
-    new = new.swapaxes(1, 2)[:, None].astype(blocks.dtype)  # [B, 1, K, 1, H]
+    new = new.astype(blocks.dtype)
+    batched = is_batched(blocks, layer)
 
-    def row(blocks, b, slot, new):
-        at = (b, layer, 0, jnp.maximum(slot, 0), 0)
-        old = jax.lax.dynamic_slice(blocks, at, new.shape)
-        inside = (slot >= 0) & (slot < blocks.shape[3])
-        return jax.lax.dynamic_update_slice(blocks, jnp.where(inside, new, old), at)
+    def row(b, blocks):
+        slot = slots[b if slots.shape[0] > 1 else 0]
+        at = corner(b if batched else None, layer, jnp.maximum(slot, 0))
+        cell = jax.lax.dynamic_index_in_dim(new, b, keepdims=False)[:, None]
+        cell = cell.reshape((1,) * (blocks.ndim - 3) + cell.shape)
+        old = jax.lax.dynamic_slice(blocks, at, cell.shape)
+        inside = (slot >= 0) & (slot < blocks.shape[-2])
+        return jax.lax.dynamic_update_slice(blocks, jnp.where(inside, cell, old), at)
 
-    if slots.shape[0] == 1:
-        return row(blocks, 0, slots[0], new)
+    return jax.lax.fori_loop(0, blocks.shape[0], row, blocks) if batched else row(0, blocks)
 
-    def each(b, blocks):
-        return row(blocks, b, slots[b], jax.lax.dynamic_index_in_dim(new, b))
 
-    return jax.lax.fori_loop(0, blocks.shape[0], each, blocks)
+def is_batched(blocks, layer) -> bool:
+    """Whether blocks, stacked over layers if `layer` is given, have an axis of sequences."""
+    return blocks.ndim > (3 if layer is None else 4)
+
+
+def corner(row, layer, cell):
+    """The index of a cell in blocks, for slices; row or layer is None where there is no axis."""
+    index = [n for n in (row, layer) if n is not None] + [0, cell, 0]
+    return [jnp.asarray(n, jnp.int32) for n in index]
 
 
 def write_ring(ring, cells, new):

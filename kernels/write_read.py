@@ -1,7 +1,7 @@
 """The instruction: write the cells of a chunk, then read the cells up to each of them.
 
-Blocks are [B, L, K, S, H]: B sequences, L layers that share one array (1 where each layer has its
-own), K heads, S cells. A block of `window` cells is a ring: position p lives in cell p % window.
+A block is [K, S, H]. In front of that stand B, where there are several sequences, and then L, where
+several layers share one array. A block of `window` cells is a ring, position p in cell p % window.
 
 One token (T = 1) changes one cell in place and reads tiles of the block where it lies: no scatter,
 no copy of a block. More tokens at once are one slice update and one attention.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import backend_module
-from kernels.cells import is_ring, take, write, write_ring
+from kernels.cells import is_batched, is_ring, take, write, write_ring
 from kernels.options import Options
 
 
@@ -23,8 +23,9 @@ def write_read(
     """Writes T new cells of each sequence into one layer's block, then reads for each of them.
 
     Args:
-      keys, values: [B, L, K, S, H].
-      layer: scalar int32, which of the L layers.
+      keys, values: [K, S, H], [B, K, S, H], or [L, K, S, H], [B, L, K, S, H] with a layer. Without
+        the axis, B is 1.
+      layer: scalar int32, which of the L layers; None where there is no such axis.
       cells: [B or 1, T] int32: consecutive cell numbers; padding is -1 and comes last in a row. A
         padding token writes nothing, reads nothing.
       starts: [B or 1, T] int32, the first cell each token may read; None: 0.
@@ -72,16 +73,21 @@ def _write_read_bwd(options, backend, residuals, cotangents):
 _write_read.defvjp(_write_read_fwd, _write_read_bwd)
 
 
-def _layer(stacked, layer):
-    if stacked.shape[1] == 1:
-        return stacked[:, 0]
-    return jax.lax.dynamic_index_in_dim(stacked, layer, 1, keepdims=False)
+def _layer(blocks, layer):
+    """One layer's block, [B, K, S, H]."""
+    if not is_batched(blocks, layer):
+        blocks = blocks[None]
+    return blocks if layer is None else jax.lax.dynamic_index_in_dim(blocks, layer, 1, False)
 
 
-def _replace(stacked, layer, block):
-    if stacked.shape[1] == 1:
-        return block[:, None]
-    return jax.lax.dynamic_update_index_in_dim(stacked, block, layer, 1)
+def _replace(blocks, layer, block):
+    """Puts one layer's block [B, K, S, H] back."""
+    batched = is_batched(blocks, layer)
+    if not batched:
+        block = block[0]
+    if layer is None:
+        return block
+    return jax.lax.dynamic_update_index_in_dim(blocks, block, layer, int(batched))
 
 
 def _chunk(options, backend, cells, starts, alibi, keys, values, k, v, q, sinks):

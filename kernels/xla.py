@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels.cells import is_ring, ring_positions, write_one
+from kernels.cells import corner, is_batched, is_ring, ring_positions, write_one
 from kernels.options import Options
 
 QUERY_ROWS = 256
@@ -58,9 +58,9 @@ def attend(
 def _attend(options, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi):
     return forward(
         q,
-        keys[:, None],
-        values[:, None],
-        0,
+        keys,
+        values,
+        None,
         q_positions,
         kv_positions,
         q_starts,
@@ -87,12 +87,12 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def forward(
     q, keys, values, layer, q_positions, kv_positions, q_starts, sinks, alibi, *, options: Options
 ):
-    """`attend` on one layer of stacked blocks [B, L, K, S, H], without a gradient.
+    """`attend` on blocks as they lie (see `cells.write_one`), without a gradient.
 
-    The layer is read tile by tile, so no copy of it is made.
+    They are read tile by tile, so no copy is made.
     """
-    num_kv_heads = keys.shape[2]
-    masking = _Masking(options, keys.shape[3], kv_positions, alibi, num_kv_heads)
+    num_kv_heads, num_cells = keys.shape[-3:-1]
+    masking = _Masking(options, num_cells, kv_positions, alibi, num_kv_heads)
 
     def read(query):
         def step(tile, state):
@@ -129,14 +129,17 @@ def forward(
 def decode(keys, values, layer, cells, starts, k, v, q, sinks, alibi, *, options: Options):
     """`kernels.write_read.write_read` for one token of each sequence, without a gradient.
 
-    One cell changes in place, and the read is from the stacked blocks as they lie.
+    One cell changes in place, and the read is from the blocks as they lie. They are not even
+    reshaped: where a loop carries them in another shape, XLA makes a copy at every step.
     """
-    size = keys.shape[3]
+    size = keys.shape[-2]
     ring = is_ring(options, size)
     slots = cells[:, 0] % size if ring else cells[:, 0]
     slots = jnp.where(cells[:, 0] < 0, -1, slots)
-    keys = write_one(keys, layer, slots, k)
-    values = write_one(values, layer, slots, v)
+    keys = write_one(keys, layer, slots, k[:, 0])
+    values = write_one(values, layer, slots, v[:, 0])
+    # Without the barrier XLA fuses the write into each of its uses: a copy of the block for each.
+    keys, values = jax.lax.optimization_barrier((keys, values))
     held = ring_positions(cells, size) if ring else None
     z, _ = forward(q, keys, values, layer, cells, held, starts, sinks, alibi, options=options)
     return keys, values, z
@@ -151,13 +154,12 @@ def _backward(options, operands, z, lse, dz, dlse):
     # d loss / d score = weight * (d loss / d weight - delta); the log-sum-exp's own cotangent
     # enters the same way, since d lse / d score = weight.
     delta = jnp.einsum("btnh,btnh->btn", z, dz, preferred_element_type=dtype) - dlse
-    keys, values = keys[:, None], values[:, None]
 
     def read(gradients, query):
         def step(tile, state):
             dq, dkeys, dvalues = state
             start = masking.start(tile)
-            key, value = masking.slice(keys, 0, start), masking.slice(values, 0, start)
+            key, value = masking.slice(keys, None, start), masking.slice(values, None, start)
             scores, visible, slope = masking.scores(query, key, tile)
             weights = jnp.where(visible, jnp.exp(scores - query["lse"][..., None]), 0)
             dweights = _dot("bktgh,bksh->bktgs", query["dz"], value)
@@ -172,7 +174,7 @@ def _backward(options, operands, z, lse, dz, dlse):
         dq, *gradients = masking.loop(query, step, (zero, *gradients))
         return tuple(gradients), dq
 
-    gradients = jnp.zeros(keys[:, 0].shape, dtype), jnp.zeros(values[:, 0].shape, dtype)
+    gradients = jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)
     per_query = {"q": q, "dz": dz, "lse": lse, "delta": delta}
     queries = _tile_queries(per_query, q_positions, q_starts, num_kv_heads)
     several = _several(queries)
@@ -206,11 +208,15 @@ class _Masking:
         return jnp.minimum(tile * self.size, self.num_cells - self.size)
 
     def slice(self, blocks, layer, start):
-        """One tile [B, K, size, H] of one layer of blocks [B, L, K, S, H]."""
-        if self.num_tiles == 1 and blocks.shape[1] == 1:
-            return blocks[:, 0]
-        blocks = jax.lax.dynamic_index_in_dim(blocks, layer, 1, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(blocks, start, self.size, 2)
+        """One tile [B, K, size, H] of blocks, of the given layer where they are stacked."""
+        batched = is_batched(blocks, layer)
+        if layer is None and self.num_tiles == 1:
+            return blocks if batched else blocks[None]
+        at = corner(0 if batched else None, layer, start)
+        K, _, H = blocks.shape[-3:]
+        front = (*blocks.shape[:batched], *(() if layer is None else (1,)))
+        tile = jax.lax.dynamic_slice(blocks, at, (*front, K, self.size, H))
+        return tile.reshape(-1, K, self.size, H)
 
     def add(self, block, start, tile):
         """Adds a tile of gradient [B, K, size, H] to a block's [B, K, S, H]."""

@@ -128,14 +128,12 @@ class Cache:
             )
         block = self.blocks[self.next]
         self._check(block, k, v, q)
-        stacked = self.repeat is not None
-        keys, values = (x[None] if stacked else x[None, None] for x in (block.keys, block.values))
         i = jnp.asarray(i, jnp.int32)
         cell = i if self.cell is None else jnp.asarray(self.cell, jnp.int32)
         given = {
-            "keys": keys,
-            "values": values,
-            "layer": jnp.int32(0) if self.repeat is None else self.repeat,
+            "keys": block.keys,
+            "values": block.values,
+            "layer": self.repeat,
             "cells": cell[None, None],
             "k": k[None, None],
             "v": v[None, None],
@@ -152,7 +150,6 @@ class Cache:
             options=Options(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap),
             backend=self.backend,
         )
-        keys, values = (x[0] if stacked else x[0, 0] for x in (keys, values))
         blocks = list(self.blocks)
         blocks[self.next] = Block(keys, values)
         return self.replace(blocks=tuple(blocks), next=self.next + 1), z[0, 0]

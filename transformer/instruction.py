@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from kernels import primitive, write_read
 
-# The operands in order; the last three may be absent, and `names` lists those that are there.
-OPERANDS = ("keys", "values", "layer", "cells", "k", "v", "q", "starts", "sinks", "alibi")
+# The operands in order; the last four may be absent, and `names` lists those that are there.
+OPERANDS = ("keys", "values", "cells", "k", "v", "q", "layer", "starts", "sinks", "alibi")
+BLOCKS = {"keys", "values"}  # without an axis of sequences until one is mapped
 SHARED = {"layer", "sinks", "alibi"}  # the same for all sequences
 PER_TOKEN = {"cells", "starts", "k", "v", "q"}  # [B, T, ...]
 ROWS = {"cells", "starts"}  # [B, T], or [1, T] where all sequences agree
@@ -34,38 +35,52 @@ def _batch(size, operands, dims, **params):
                 "use jax.lax.map over models instead of jax.vmap."
             )
     block_mapped = given["keys"][1] is not None or given["values"][1] is not None
-    if params["chunked"] or block_mapped or given["cells"][1] is None:
-        results = write_read_p.bind(*_fold_sequences(size, given), **params)
-        return [x.reshape(size, -1, *x.shape[1:]) for x in results], (0, 0, 0)
-    keys, values, z = write_read_p.bind(
-        *_fold_positions(size, given), **(params | {"chunked": True})
-    )
+    if not (params["chunked"] or block_mapped or given["cells"][1] is None):
+        return _over_positions(size, given, params)
+    return _over_sequences(size, given, params)
+
+
+def _over_positions(size, given, params):
+    """The mapped axis becomes the axis of tokens, which had one element."""
+
+    def fold(name, x, dim):
+        if name not in PER_TOKEN:
+            return x
+        return jnp.repeat(x, size, axis=1) if dim is None else jnp.moveaxis(x, dim, 1).squeeze(2)
+
+    operands = [fold(name, *operand) for name, operand in given.items()]
+    keys, values, z = write_read_p.bind(*operands, **(params | {"chunked": True}))
     return (keys, values, z[:, :, None]), (None, None, 1)
 
 
-def _fold_positions(size, given):
-    """The mapped axis becomes the axis of tokens, which had one element."""
-    for name, (x, dim) in given.items():
-        if name not in PER_TOKEN:
-            yield x
-        elif dim is None:
-            yield jnp.repeat(x, size, axis=1)
-        else:
-            yield jnp.moveaxis(x, dim, 1).squeeze(2)
+def _over_sequences(size, given, params):
+    """The mapped axis joins the axis of sequences, or becomes it."""
+    given = {
+        name: (x if dim is None else jnp.moveaxis(x, dim, 0), dim is not None)
+        for name, (x, dim) in given.items()
+    }
+    q, mapped = given["q"]
+    rows = q.shape[1 if mapped else 0]
+    keys, mapped = given["keys"]
+    batched = keys.ndim - mapped > (4 if "layer" in given else 3)
 
-
-def _fold_sequences(size, given):
-    """The mapped axis joins the axis of sequences."""
-    q, dim = given["q"]
-    rows = q.shape[0] if dim is None else jnp.moveaxis(q, dim, 0).shape[1]
-    for name, (x, dim) in given.items():
-        if name in SHARED or (dim is None and name in ROWS and x.shape[0] == 1):
-            yield x
-            continue
-        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    def fold(name, x, mapped):
+        if name in SHARED or (name in ROWS and not mapped and x.shape[0] == 1):
+            return x
+        if not mapped:
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        if name in BLOCKS and not batched:
+            return x
         if x.shape[1] != rows:
             x = jnp.broadcast_to(x, (size, rows, *x.shape[2:]))
-        yield x.reshape(size * rows, *x.shape[2:])
+        return x.reshape(size * rows, *x.shape[2:])
+
+    operands = [fold(name, *operand) for name, operand in given.items()]
+    keys, values, z = write_read_p.bind(*operands, **params)
+    unfold = lambda x: x.reshape(size, rows, *x.shape[1:])
+    if batched:
+        keys, values = unfold(keys), unfold(values)
+    return (keys, values, unfold(z)), (0, 0, 0)
 
 
 write_read_p = primitive.define("write_read", _run, _batch)
