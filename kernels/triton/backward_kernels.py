@@ -12,10 +12,10 @@ from kernels.triton.tiles import (
     PRECISION,
     key_positions,
     load_rows,
+    needs_mask,
     query_intervals,
     scores,
     store_rows,
-    tile_start,
     visible_keys,
     visible_queries,
 )
@@ -25,22 +25,23 @@ from kernels.triton.tiles import (
 def _weights_and_dscores(
     products,
     dweights,
-    distance,
-    seen,
+    positions,
+    first,
+    last,
     lse,
     delta,
     slope,
+    masked,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     """The weights, and the gradient of SCALE * q.k, of one tile; `lse` counts in powers of two."""
-    s, tanh = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
+    s, tanh = scores(products, last - positions, slope, SCALE, SOFT_CAP, HAS_ALIBI)
     weights = tl.exp2(s * UNIT - lse)
-    if MASKED:
-        weights = tl.where(seen, weights, 0.0)
+    if masked:
+        weights = tl.where((positions >= first) & (positions <= last), weights, 0.0)
     dscores = weights * (dweights - delta)
     if SOFT_CAP is not None:
         dscores *= 1.0 - tanh * tanh
@@ -49,13 +50,11 @@ def _weights_and_dscores(
 
 @triton.jit
 def _read_dq(
-    dq,
     rows,
     slope,
     intervals,
-    hull,
+    visible,
     block,
-    runs,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
@@ -63,37 +62,37 @@ def _read_dq(
     UNIT: tl.constexpr,
     HAS_KV_POSITIONS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Adds to dq [rows, WIDTH] what the tiles of keys in `runs` give."""
+    """The gradient [BLOCK_M, WIDTH] of SCALE * query, summed over the visible keys."""
     query, dz, lse, delta = rows
     first, last = intervals
+    span, full, hull = visible
+    low, high = span
     lowest, highest = hull
     keys, values, kv_positions, S = block
-    for index in range(runs[3]):
-        cells = tile_start(runs, index, BLOCK_N) + tl.arange(0, BLOCK_N)
-        positions = cells
-        if MASKED:
-            positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
+    dq = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
+    for start in range(low, high, BLOCK_N):
+        cells = start + tl.arange(0, BLOCK_N)
+        positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
         inside = (positions >= lowest) & (positions <= highest)
-        key = load_rows(keys, cells, H, inside, H, WIDTH, MASKED)
-        value = load_rows(values, cells, H, inside, H, WIDTH, MASKED)
-        distance = last[:, None] - positions[None, :]
-        seen = (distance >= 0) & (positions[None, :] >= first[:, None])
+        key = load_rows(keys, cells, H, inside, H, WIDTH)
+        value = load_rows(values, cells, H, inside, H, WIDTH)
         _, dscores = _weights_and_dscores(
             tl.dot(query, tl.trans(key), input_precision=PRECISION),
             tl.dot(dz, tl.trans(value), input_precision=PRECISION),
-            distance,
-            seen,
+            positions[None, :],
+            first[:, None],
+            last[:, None],
             lse[:, None],
             delta[:, None],
             slope,
+            needs_mask(start, full, BLOCK_N),
             SCALE,
             SOFT_CAP,
             UNIT,
             HAS_ALIBI,
-            MASKED,
         )
         dq = tl.dot(dscores.to(key.dtype), key, dq, input_precision=PRECISION)
     return dq
@@ -146,39 +145,32 @@ def dq_kernel(
     first, last = query_intervals(
         q_positions + b * T, q_starts + b * T, rows, T, HAS_STARTS, WINDOW
     )
-    full, masked, hull = visible_keys(
-        first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N
-    )
+    visible = visible_keys(first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N)
     per_row = (
-        load_rows(q, offsets, H, inside, H, WIDTH, True),
-        load_rows(dz, offsets, H, inside, H, WIDTH, True),
+        load_rows(q, offsets, H, inside, H, WIDTH),
+        load_rows(dz, offsets, H, inside, H, WIDTH),
         tl.load(lse + head * T + rows, mask=inside, other=0.0) * LOG2E,
         tl.load(delta + head * T + rows, mask=inside, other=0.0),
     )
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi + head)
-    total = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
-    for MASKED in tl.static_range(2):
-        if MASKED or not HAS_KV_POSITIONS:
-            total = _read_dq(
-                total,
-                per_row,
-                slope,
-                (first, last),
-                hull,
-                block,
-                masked if MASKED else full,
-                H=H,
-                WIDTH=WIDTH,
-                SCALE=SCALE,
-                SOFT_CAP=SOFT_CAP,
-                UNIT=UNIT,
-                HAS_KV_POSITIONS=HAS_KV_POSITIONS,
-                HAS_ALIBI=HAS_ALIBI,
-                BLOCK_N=BLOCK_N,
-                MASKED=MASKED,
-            )
+    total = _read_dq(
+        per_row,
+        slope,
+        (first, last),
+        visible,
+        block,
+        H=H,
+        WIDTH=WIDTH,
+        SCALE=SCALE,
+        SOFT_CAP=SOFT_CAP,
+        UNIT=UNIT,
+        HAS_KV_POSITIONS=HAS_KV_POSITIONS,
+        HAS_ALIBI=HAS_ALIBI,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+    )
     store_rows(dq, offsets, H, inside, total * SCALE, H, WIDTH)
 
 
@@ -189,7 +181,7 @@ def _read_dkdv(
     slope,
     per_head,
     per_query,
-    runs,
+    visible,
     N: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -200,37 +192,37 @@ def _read_dkdv(
     HAS_STARTS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Adds to (dk, dv) what the tiles of queries in `runs` give; scores here are [keys, queries]."""
+    """Adds to (dk, dv) what the queries of one head give; scores here are [keys, queries]."""
     dk, dv = gradients
     key, value, positions = tile
     q, dz, lse, delta = per_head
     q_positions, q_starts, T = per_query
-    for index in range(runs[3]):
-        rows = tile_start(runs, index, BLOCK_M) + tl.arange(0, BLOCK_M)
+    span, full = visible
+    low, high = span
+    for start in range(low, high, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
         inside = rows < T
         offsets = rows.to(tl.int64) * N
-        query = load_rows(q, offsets, H, inside, H, WIDTH, MASKED)
-        dz_tile = load_rows(dz, offsets, H, inside, H, WIDTH, MASKED)
+        query = load_rows(q, offsets, H, inside, H, WIDTH)
+        dz_tile = load_rows(dz, offsets, H, inside, H, WIDTH)
         first, last = query_intervals(q_positions, q_starts, rows, T, HAS_STARTS, WINDOW)
-        distance = last[None, :] - positions[:, None]
-        seen = (distance >= 0) & (positions[:, None] >= first[None, :])
         lse_row = tl.load(lse + rows, mask=inside, other=0.0) * LOG2E
         delta_row = tl.load(delta + rows, mask=inside, other=0.0)
         weights, dscores = _weights_and_dscores(
             tl.dot(key, tl.trans(query), input_precision=PRECISION),
             tl.dot(value, tl.trans(dz_tile), input_precision=PRECISION),
-            distance,
-            seen,
+            positions[:, None],
+            first[None, :],
+            last[None, :],
             lse_row[None, :],
             delta_row[None, :],
             slope,
+            needs_mask(start, full, BLOCK_M),
             SCALE,
             SOFT_CAP,
             UNIT,
             HAS_ALIBI,
-            MASKED,
         )
         dv = tl.dot(weights.to(dz_tile.dtype), dz_tile, dv, input_precision=PRECISION)
         dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision=PRECISION)
@@ -277,14 +269,14 @@ def dkdv_kernel(
     group: tl.constexpr = N // K
     cells = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     positions = key_positions(kv_positions + b * S, cells, S, HAS_KV_POSITIONS)
-    full, masked = visible_queries(
+    visible = visible_queries(
         q_positions + b * T, q_starts + b * T, T, positions, HAS_STARTS, WINDOW, BLOCK_M
     )
     offsets = kv_head * S + cells
     held = positions >= 0
     tile = (
-        load_rows(keys, offsets, H, held, H, WIDTH, True),
-        load_rows(values, offsets, H, held, H, WIDTH, True),
+        load_rows(keys, offsets, H, held, H, WIDTH),
+        load_rows(values, offsets, H, held, H, WIDTH),
         positions,
     )
     dk = tl.full([BLOCK_N, WIDTH], 0.0, tl.float32)
@@ -296,25 +288,23 @@ def dkdv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi + head)
-        for MASKED in tl.static_range(2):
-            dk, dv = _read_dkdv(
-                (dk, dv),
-                tile,
-                slope,
-                (q + start, dz + start, lse + head * T, delta + head * T),
-                (q_positions + b * T, q_starts + b * T, T),
-                masked if MASKED else full,
-                N=N,
-                H=H,
-                WIDTH=WIDTH,
-                SCALE=SCALE,
-                WINDOW=WINDOW,
-                SOFT_CAP=SOFT_CAP,
-                UNIT=UNIT,
-                HAS_STARTS=HAS_STARTS,
-                HAS_ALIBI=HAS_ALIBI,
-                BLOCK_M=BLOCK_M,
-                MASKED=MASKED,
-            )
+        dk, dv = _read_dkdv(
+            (dk, dv),
+            tile,
+            slope,
+            (q + start, dz + start, lse + head * T, delta + head * T),
+            (q_positions + b * T, q_starts + b * T, T),
+            visible,
+            N=N,
+            H=H,
+            WIDTH=WIDTH,
+            SCALE=SCALE,
+            WINDOW=WINDOW,
+            SOFT_CAP=SOFT_CAP,
+            UNIT=UNIT,
+            HAS_STARTS=HAS_STARTS,
+            HAS_ALIBI=HAS_ALIBI,
+            BLOCK_M=BLOCK_M,
+        )
     store_rows(dkeys, offsets, H, cells < S, dk * SCALE, H, WIDTH)
     store_rows(dvalues, offsets, H, cells < S, dv, H, WIDTH)

@@ -40,7 +40,7 @@ def _read(
         if RING:
             positions = position - slot + slots - tl.where(slots > slot, S, 0)
         seen = (positions >= first) & (positions < position) & (slots < S)
-        key = load_rows(keys, slots, H, seen, H, WIDTH, True)
+        key = load_rows(keys, slots, H, seen, H, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         distance = (position - positions)[None, :]
         s, _ = scores(products, distance, slope[:, None], SCALE, SOFT_CAP, HAS_ALIBI)
@@ -50,7 +50,7 @@ def _read(
         weights = tl.exp2(s - reference[:, None])
         shrink = tl.exp2(peak - reference)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_rows(values, slots, H, seen, H, WIDTH, True)
+        value = load_rows(values, slots, H, seen, H, WIDTH)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
         peak = new_peak
@@ -120,7 +120,7 @@ def decode_kernel(
     members = tl.arange(0, GROUP)
     real = members < N // K
     heads = kv_head * (N // K) + members  # of all B * N
-    query = load_rows(q, heads, H, real, H, WIDTH, True)
+    query = load_rows(q, heads, H, real, H, WIDTH)
     slope = tl.full([GROUP], 0.0, tl.float32)
     if HAS_ALIBI:
         slope = tl.load(alibi + heads % N, mask=real, other=0.0)
@@ -213,7 +213,7 @@ def combine_kernel(
         rows = start + tl.arange(0, BLOCK_N)
         peak = tl.load(peaks + head * SPLITS + rows, mask=rows < SPLITS, other=float("-inf"))
         weights = tl.exp2(peak - highest)
-        part = load_rows(parts, head * SPLITS + rows, H, weights > 0, H, WIDTH, True)
+        part = load_rows(parts, head * SPLITS + rows, H, weights > 0, H, WIDTH)
         mixed += tl.sum(part * weights[:, None], 0)
     mixed /= tl.where(total == 0, 1.0, total)
     tl.store(z + head * H + columns, mixed.to(z.dtype.element_ty), mask=columns < H)

@@ -9,10 +9,10 @@ from kernels.triton.tiles import (
     PRECISION,
     key_positions,
     load_rows,
+    needs_mask,
     query_intervals,
     scores,
     store_rows,
-    tile_start,
     visible_keys,
 )
 
@@ -23,9 +23,8 @@ def _read(
     query,
     slope,
     intervals,
-    hull,
+    visible,
     block,
-    runs,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
@@ -34,34 +33,32 @@ def _read(
     HAS_KV_POSITIONS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Runs the online softmax over the tiles of keys in `runs`; state: (mixed, total, peak)."""
+    """Runs the online softmax over the visible keys; state: (mixed, total, peak)."""
     mixed, total, peak = state
     first, last = intervals
+    span, full, hull = visible
+    low, high = span
     lowest, highest = hull
     keys, values, kv_positions, S = block
-    for index in range(runs[3]):
-        cells = tile_start(runs, index, BLOCK_N) + tl.arange(0, BLOCK_N)
-        positions = cells
-        if MASKED:
-            positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
+    for start in range(low, high, BLOCK_N):
+        cells = start + tl.arange(0, BLOCK_N)
+        positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
         inside = (positions >= lowest) & (positions <= highest)
-        key = load_rows(keys, cells, H, inside, H, WIDTH, MASKED)
+        key = load_rows(keys, cells, H, inside, H, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         distance = last[:, None] - positions[None, :]
         s, _ = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
-        if MASKED:
-            seen = (distance >= 0) & (positions[None, :] >= first[:, None])
+        if needs_mask(start, full, BLOCK_N):
+            seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= last[:, None])
             s = tl.where(seen, s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * UNIT)
-        reference = new_peak
-        if MASKED:  # a row that has seen nothing yet must not subtract -inf from -inf
-            reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        # A row that has seen nothing yet must not subtract -inf from -inf.
+        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(s * UNIT - reference[:, None])
         shrink = tl.exp2(peak - reference)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_rows(values, cells, H, inside, H, WIDTH, MASKED)
+        value = load_rows(values, cells, H, inside, H, WIDTH)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
         peak = new_peak
@@ -115,10 +112,8 @@ def forward_kernel(
     first, last = query_intervals(
         q_positions + b * T, q_starts + b * T, rows, T, HAS_STARTS, WINDOW
     )
-    full, masked, hull = visible_keys(
-        first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N
-    )
-    query = load_rows(q, offsets, H, inside, H, WIDTH, True)
+    visible = visible_keys(first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N)
+    query = load_rows(q, offsets, H, inside, H, WIDTH)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi + head)
@@ -129,26 +124,22 @@ def forward_kernel(
     else:
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.full([BLOCK_M], 0.0, tl.float32)
-    for MASKED in tl.static_range(2):
-        if MASKED or not HAS_KV_POSITIONS:
-            mixed, total, peak = _read(
-                (mixed, total, peak),
-                query,
-                slope,
-                (first, last),
-                hull,
-                block,
-                masked if MASKED else full,
-                H=H,
-                WIDTH=WIDTH,
-                SCALE=SCALE,
-                SOFT_CAP=SOFT_CAP,
-                UNIT=UNIT,
-                HAS_KV_POSITIONS=HAS_KV_POSITIONS,
-                HAS_ALIBI=HAS_ALIBI,
-                BLOCK_N=BLOCK_N,
-                MASKED=MASKED,
-            )
+    mixed, total, peak = _read(
+        (mixed, total, peak),
+        query,
+        slope,
+        (first, last),
+        visible,
+        block,
+        H=H,
+        WIDTH=WIDTH,
+        SCALE=SCALE,
+        SOFT_CAP=SOFT_CAP,
+        UNIT=UNIT,
+        HAS_KV_POSITIONS=HAS_KV_POSITIONS,
+        HAS_ALIBI=HAS_ALIBI,
+        BLOCK_N=BLOCK_N,
+    )
     mixed /= tl.where(total == 0, 1.0, total)[:, None]
     store_rows(z, offsets, H, inside, mixed, H, WIDTH)
     tl.store(lse + head * T + rows, (peak + tl.log2(total)) * LN2, mask=inside)

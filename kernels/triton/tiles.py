@@ -16,20 +16,11 @@ FAR = tl.constexpr(2147483647)
 
 
 @triton.jit
-def load_rows(
-    base, rows, stride, inside, H: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
-    """Rows of H numbers, `stride` apart, as a tile [rows, WIDTH]; zero outside.
-
-    `inside` [rows] says which rows exist; it is looked at only if MASKED.
-    """
+def load_rows(base, rows, stride, inside, H: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of H numbers, `stride` apart, as a tile [rows, WIDTH]; zero where not `inside` [rows]."""
     columns = tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride + columns[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=inside[:, None] & (columns[None, :] < H), other=0.0)
-    if H == WIDTH:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=columns[None, :] < H, other=0.0)
+    return tl.load(pointers, mask=inside[:, None] & (columns[None, :] < H), other=0.0)
 
 
 @triton.jit
@@ -63,39 +54,19 @@ def key_positions(kv_positions, cells, S, HAS_KV_POSITIONS: tl.constexpr):
 
 
 @triton.jit
-def tile_start(runs, index, BLOCK: tl.constexpr):
-    """Start of tile `index` of runs (start, before, after, count).
-
-    The first `before` tiles lie one after the other from `start`, the rest from `after`.
-    """
-    start, before, after, _ = runs
-    return tl.where(index < before, start + index * BLOCK, after + (index - before) * BLOCK)
-
-
-@triton.jit
-def split_runs(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """Splits the tiles of `low..high` by whether every query of a tile sees every key of it.
-
-    `full_low..full_high` is where everything is visible. Returns two runs for `tile_start`: the
-    tiles that need no mask, and those that do.
-    """
-    low = low // BLOCK * BLOCK
-    stop = tl.maximum(tl.cdiv(high, BLOCK) * BLOCK, low)
-    full_low = tl.minimum(tl.maximum(tl.cdiv(full_low, BLOCK) * BLOCK, low), stop)
-    full_high = tl.maximum(tl.minimum(full_high // BLOCK * BLOCK, stop), full_low)
-    before = (full_low - low) // BLOCK
-    full = (full_high - full_low) // BLOCK
-    masked = before + (stop - full_high) // BLOCK
-    return (full_low, full, full_low, full), (low, before, full_high, masked)
+def needs_mask(start, full, BLOCK: tl.constexpr):
+    """Whether some pair of the tile at `start` is invisible; everything is visible in `full`."""
+    return (start < full[0]) | (start + BLOCK > full[1])
 
 
 @triton.jit
 def visible_keys(
     first, last, inside, kv_positions, S, HAS_KV_POSITIONS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Which tiles of keys the rows of a query tile see.
+    """Which keys the rows of a query tile see.
 
-    Returns the runs without and with a mask, and the interval of positions that some row sees.
+    Returns three pairs: the cells low..high that some row sees, rounded down to a tile; the cells
+    that every row sees; and the lowest and the highest position that some row sees.
     """
     some = inside & (first <= last)
     lowest = tl.min(tl.where(some, first, FAR))
@@ -109,15 +80,14 @@ def visible_keys(
             seen = (positions >= lowest) & (positions <= highest)
             low = tl.minimum(low, tl.min(tl.where(seen, cells, FAR)))
             high = tl.maximum(high, tl.max(tl.where(seen, cells + 1, 0)))
-        full_low = low
-        full_high = low
+        full_low = 0
+        full_high = 0
     else:
         low = tl.minimum(lowest, S)
         high = tl.minimum(highest + 1, S)
         full_low = tl.max(tl.where(inside, first, 0))
         full_high = tl.minimum(tl.min(tl.where(inside, last, FAR - 1)) + 1, S)
-    full, masked = split_runs(low, high, full_low, full_high, BLOCK)
-    return full, masked, (lowest, highest)
+    return (low // BLOCK * BLOCK, high), (full_low, full_high), (lowest, highest)
 
 
 @triton.jit
@@ -130,7 +100,7 @@ def visible_queries(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Which tiles of queries see the keys at `positions`: runs without and with a mask."""
+    """Which queries see the keys at `positions`: the first two pairs of `visible_keys`."""
     lowest = tl.min(tl.where(positions >= 0, positions, FAR))
     highest = tl.max(positions)
     whole = tl.min(positions) >= 0
@@ -151,7 +121,7 @@ def visible_queries(
         full += tl.sum(all_keys.to(tl.int32))
     # Positions may come in any order; only an unbroken run of rows can go without a mask.
     full_high = tl.where(full == full_high - full_low, full_high, full_low)
-    return split_runs(low, high, full_low, full_high, BLOCK)
+    return (low // BLOCK * BLOCK, high), (full_low, full_high)
 
 
 @triton.jit
