@@ -97,7 +97,7 @@ def layer_matrices(params):
 
     These decay, and Muon moves them. Norms, biases and sinks do not decay, being few and having no
     redundant scale; nor do embeddings, learned positions and the output matrix, whose rows of rare
-    tokens would shrink between their rare gradients (OLMo 2, arXiv:2501.00656, section 3.3).
+    tokens would shrink between their rare gradients (OLMo 2, arXiv:2501.00656).
     """
 
     def is_matrix(path, _):
@@ -120,23 +120,32 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             schedule, **adam, weight_decay=config.weight_decay, mask=layer_matrices
         )
     else:
-        update = contrib.muon(
-            schedule,
-            beta=config.momentum,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_dimension_numbers,
-            consistent_rms=0.2,  # the root mean square of Adam's updates: arXiv:2502.16982
-            adam_learning_rate=_schedule(
-                config.adam_learning_rate or config.learning_rate, config, total_steps
+        adam_peak = config.adam_learning_rate or config.learning_rate
+        update = optax.partition(
+            {
+                "muon": _muon(config, schedule),
+                "adam": optax.adam(_schedule(adam_peak, config, total_steps), **adam),
+            },
+            lambda params: jax.tree.map(
+                lambda matrix: "muon" if matrix else "adam", layer_matrices(params)
             ),
-            **{f"adam_{name}": value for name, value in adam.items() if name != "eps"},
         )
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     return optax.chain(*clip, update)
 
 
-def _dimension_numbers(params):
-    """Every matrix ends with [in, out]; axes before that (repeats, experts) are a batch."""
+def _muon(config, schedule):
+    """Muon for matrices [..., in, out]; axes before those (repeats, experts) are a batch.
+
+    Put together here because `contrib.muon` brings an Adam of its own, which has Nesterov momentum.
+    """
     ends = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return jax.tree.map(lambda matrix: ends if matrix else None, layer_matrices(params))
+    dimensions = lambda params: jax.tree.map(lambda _: ends, params)
+    # Gives an orthogonal matrix the root mean square of Adam's updates: arXiv:2502.16982, 2.2.
+    scale = lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x
+    return optax.chain(
+        contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
+        optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -39,9 +39,14 @@ def init_state(
     ema_decay: float | None = None,
 ) -> TrainState:
     """The state before the first step; the average starts at the initial parameters."""
-    params = init_params(config, key)
-    ema = None if ema_decay is None else jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+
+    @jax.jit  # one program, where every parameter by itself would be several
+    def init(key):
+        params = init_params(config, key)
+        ema = None if ema_decay is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+
+    return init(key)
 
 
 @jax.custom_vjp
@@ -171,6 +176,14 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, one))
         return jax.lax.scan(add, zeros, parts)[0]
 
+    def update(state, gradient):
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+        return TrainState(state.step + 1, params, optimizer_state, ema)
+
     def train_step(state, batch):
         if (state.ema is None) != (ema_decay is None):
             raise ValueError(
@@ -178,15 +191,10 @@ def make_train_step(
                 f"{'no' if state.ema is None else 'an'} average; init_state takes the same one."
             )
         (objective, nll), gradient = compute_gradient(state.params, batch)
-        norm = optax.global_norm(gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None
-        if ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(objective) & jnp.isfinite(norm)
-        new = TrainState(state.step + 1, params, optimizer_state, ema)
-        state = jax.tree.map(partial(jnp.where, finite), new, state)
+        # A branch, not a select: where the update is in place, XLA would copy the state for one.
+        state = jax.lax.cond(finite, update, lambda state, _: state, state, gradient)
         return state, {"loss": nll, "gradient_norm": norm, "finite": finite}
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
