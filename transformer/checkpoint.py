@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -186,6 +185,13 @@ class Checkpoints:
         found = f"all of {', '.join(map(str, steps))} are damaged" if steps else "there is none"
         raise CheckpointError(f"no good checkpoint in {self.path}: {found}.")
 
+    def discard_after(self, step: int) -> None:
+        """Deletes later checkpoints, which a run that goes on from this step will write anew."""
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
+                self._losses.pop(later, None)
+
     def _read(self, step, wanted):
         record = self._metadata(step)
         saved = record["items"]
@@ -255,16 +261,8 @@ def _layout(tree) -> str:
 
 
 def _checksum(tree) -> int:
-    """32 bits that change with any one number of a tree of arrays, taken where the arrays lie."""
-    leaves = jax.device_get([_leaf_checksum(leaf) for leaf in jax.tree.leaves(tree)])
-    return zlib.crc32(np.array(leaves, np.uint32).tobytes())
-
-
-@jax.jit
-def _leaf_checksum(x):
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    while bits.ndim:
-        # Odd factors: none of them loses bits modulo 2**32.
-        factors = 2 * jnp.arange(bits.shape[-1], dtype=jnp.uint32) + 1
-        bits = jnp.sum(bits * factors, axis=-1, dtype=jnp.uint32)
-    return bits
+    """The CRC-32 of the numbers of a tree of arrays."""
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
+    return checksum

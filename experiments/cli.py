@@ -1,0 +1,56 @@
+"""What the programs share on the command line: a user's error is one line and no traceback."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a program of absl flags; flags that cannot be parsed end it with status 2."""
+
+    def parse(argv):
+        # ml_collections reports an unknown field as AttributeError or KeyError.
+        with user_errors(flags.Error, AttributeError, KeyError, OSError):
+            rest = flags.FLAGS(argv)[1:]
+        if rest:
+            fail(f"unexpected argument {rest[0]!r}; options are given as --name=value.")
+        return argv[:1]
+
+    def quiet_main(argv):
+        # Orbax reports each of its steps there, and tracebacks of errors that it also raises.
+        logging.set_verbosity(logging.WARNING)
+        logging.get_absl_logger().setLevel("CRITICAL")
+        main(argv)
+
+    app.run(quiet_main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def user_errors(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
+    """Ends the program with one line where the body raises one of these errors.
+
+    Args:
+      *kinds: what counts as the user's error.
+      status: the exit status.
+    """
+    try:
+        yield
+    except kinds as error:
+        fail(_text(error), status)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Prints one line to stderr and ends the program."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _text(error):
+    if isinstance(error, AttributeError | KeyError):
+        error = error.args[0]  # str() of these would quote their text once more
+    if "Traceback" in str(error):
+        return str(error).strip().splitlines()[-1]
+    return str(error)

@@ -1,0 +1,102 @@
+"""Rows of numbers by step: in a file of JSON lines, in TensorBoard, and as a picture."""
+
+import json
+import os
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+class Log:
+    """A file with one JSON object a line, each with its `step`. A context manager."""
+
+    def __init__(self, path: Path, step: int):
+        """Opens the file to go on after a step: what came later is cut off in one atomic step."""
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        os.replace(unfinished, path)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def write(self, row: dict) -> None:
+        """Appends a row."""
+        self._file.write(_line(row))
+
+    def flush(self) -> None:
+        """Returns once the rows are on disk."""
+        os.fsync(self._file.fileno())
+
+
+def _line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, none if it is missing; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+class Metrics:
+    """The metrics of a run in its work directory: `metrics.jsonl`, `tensorboard/`, `loss.png`.
+
+    A context manager, which draws the picture when left.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        """Goes on after a step."""
+        self._path = workdir / METRICS_FILE
+        self._picture = workdir / "loss.png"
+        self._log = Log(self._path, step)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._log.__exit__(*error)
+        self._tensorboard.close()
+        plot_loss(read_rows(self._path), self._picture)
+
+    def write(self, row: dict) -> None:
+        """Adds a row: `step` and numbers."""
+        self._log.write(row)
+        for name, value in row.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Returns once all rows are on disk."""
+        self._log.flush()
+
+
+def plot_loss(rows: list[dict], path: Path) -> None:
+    """Draws training and validation loss by step into a PNG; nothing where there are no rows."""
+    if not rows:
+        return
+    import matplotlib  # takes as long to import as all the rest
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in (("loss", "-"), ("validation_loss", "o-")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
