@@ -12,7 +12,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 
-from absl import app, flags
+from absl import flags
 
 from experiments import cli
 
@@ -76,13 +76,14 @@ def ways(config, attention="auto"):
     }
 
 
-def compare(config, params, tokens, attention="auto") -> list[Row]:
-    """Runs the tokens in every way and compares logits and gradients with the parallel mode.
+def compare(config, params, tokens, attention="auto", names=None) -> list[Row]:
+    """Runs the tokens in several ways and compares logits and gradients with the parallel mode.
 
     Args:
       config, params: the model.
       tokens: [T] int.
       attention: backend of `kernels.attention`.
+      names: which of the `ways`, "parallel" first; None: all.
 
     Returns:
       One row per way, without times.
@@ -97,8 +98,9 @@ def compare(config, params, tokens, attention="auto") -> list[Row]:
         return -jnp.take_along_axis(logprobs, tokens[1:, None], axis=1).mean(), logits
 
     rows = []
-    for name, way in ways(config, attention).items():
-        gradient = None
+    every = ways(config, attention)
+    for name in every if names is None else names:
+        way, gradient = every[name], None
         if name == "recompute":
             logits = jax.jit(way)(params, tokens)
         else:
@@ -166,12 +168,14 @@ def main(argv):
     del argv
     import numpy as np
 
-    config, params = _model()
-    length = min(128, config.max_length // 2) if _LENGTH.value is None else _LENGTH.value
-    if not 2 <= length <= config.max_length // 2:
-        raise ValueError(
-            f"--length={length}; it must be between 2 and {config.max_length // 2}, half the "
-            "model's maximum, because twice as many tokens are timed."
+    with cli.user_errors(ValueError, OSError):
+        config, params = _model()
+    most = config.max_length // 2
+    length = min(128, most) if _LENGTH.value is None else _LENGTH.value
+    if not 2 <= length <= most:
+        cli.fail(
+            f"--length={length}; it must be between 2 and {most}, half the model's maximum, "
+            "because twice as many tokens are timed."
         )
     tokens = np.random.default_rng(_SEED.value).integers(0, config.vocab_size, 2 * length)
     rows = compare(config, params, tokens[:length].astype(np.int32))
@@ -217,4 +221,4 @@ def print_table(rows: list[Row], length: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)
