@@ -1,0 +1,173 @@
+"""From logits to a token: small functions of one token's logits [V], to be composed and vmapped.
+
+Temperature and filters are data, not constants of the compiled program: changing them compiles
+nothing. A filter that is off costs nothing, as long as `vmap` does not map its parameter.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+NO_LIMIT = np.iinfo(np.int32).max
+GROUP = 256
+SMALLEST = np.finfo(np.float32).tiny
+
+
+@struct.dataclass
+class Sampling:
+    """How tokens are drawn: scalar arrays, shared by all sequences. Made by `make`.
+
+    temperature: float32; 0 takes the most likely token.
+    top_k: int32; vocab_size: int32. NO_LIMIT is off.
+    top_p: float32; 1 is off. min_p: float32; 0 is off.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    vocab_size: jax.Array
+
+    @classmethod
+    def make(
+        cls,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        vocab_size: int | None = None,
+    ) -> "Sampling":
+        """Checks the parameters; None turns a filter off.
+
+        Args:
+          temperature: 0 or more.
+          top_k: at least 1: only the k most likely tokens.
+          top_p: above 0, at most 1: only the most likely tokens that hold this much probability.
+          min_p: 0 to 1: only tokens at least this fraction as likely as the most likely one.
+          vocab_size: at least 1: only ids below it, where an embedding has rows that no token uses.
+
+        Raises:
+          ValueError: a parameter outside of its range.
+        """
+        top_k = NO_LIMIT if top_k is None else top_k
+        top_p = 1.0 if top_p is None else top_p
+        min_p = 0.0 if min_p is None else min_p
+        vocab_size = NO_LIMIT if vocab_size is None else vocab_size
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(
+                f"temperature={temperature}; it is 0 (the most likely token) or more, and finite."
+            )
+        for name, limit in (("top_k", top_k), ("vocab_size", vocab_size)):
+            if limit < 1 or limit != int(limit):
+                raise ValueError(f"{name}={limit}; it is a whole number, at least 1, or None.")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p}; it is above 0 and at most 1, or None.")
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"min_p={min_p}; it is between 0 and 1, or None.")
+        return cls(
+            np.float32(temperature),
+            np.int32(min(top_k, NO_LIMIT)),
+            np.float32(max(top_p, SMALLEST)),
+            np.float32(min_p),
+            np.int32(min(vocab_size, NO_LIMIT)),
+        )
+
+
+def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Draws a token from what temperature and filters leave.
+
+    The temperature comes first, then each filter sees what the one before it left: top_k, top_p,
+    min_p, the order of Hugging Face's transformers.
+
+    Args:
+      key: a random key; not used at temperature 0.
+      logits: [V] float32.
+      sampling: the parameters.
+
+    Returns:
+      token: int32.
+      logprob: float32, the model's own log-probability of the token: log-softmax of the logits as
+        they came, before temperature and filters, so that it equals what `score` gives.
+    """
+    usable = keep_below(logits, sampling.vocab_size)
+    token = jax.lax.cond(
+        sampling.temperature >= SMALLEST,
+        lambda: draw(key, warp(usable, sampling)),
+        lambda: jnp.argmax(usable),
+    )
+    return token.astype(jnp.int32), logits[token] - jax.nn.logsumexp(logits)
+
+
+def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """A token with probability softmax(logits): the largest of logits plus Gumbel noise, twice.
+
+    First a group of ids is drawn by its total probability, then an id of the group: so V / 256 +
+    256 random numbers do for V, which would cost more than the rest of sampling.
+    """
+    groups = jnp.pad(logits, (0, -len(logits) % GROUP), constant_values=-jnp.inf)
+    groups = groups.reshape(-1, GROUP)
+    noise = jax.random.gumbel(key, (len(groups) + GROUP,))
+    group = jnp.argmax(jax.nn.logsumexp(groups, axis=1) + noise[: len(groups)])
+    return group * GROUP + jnp.argmax(groups[group] + noise[len(groups) :])
+
+
+def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Temperature, then all filters: logits [V] -> [V], -inf where a token is not to be drawn."""
+    logits = scale(logits, sampling.temperature)
+    logits = keep_top_k(logits, sampling.top_k)
+    logits = keep_top_p(logits, sampling.top_p)
+    return keep_min_p(logits, sampling.min_p)
+
+
+def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Logits over temperature (above 0), shifted so that the largest is 0 and none overflows."""
+    return (logits - logits.max()) / temperature
+
+
+def keep_below(logits: jax.Array, vocab_size: jax.Array) -> jax.Array:
+    """Only ids below `vocab_size`."""
+    return jnp.where(jnp.arange(logits.shape[0]) < vocab_size, logits, -jnp.inf)
+
+
+def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """The k most likely tokens, and those that tie with the last of them (arXiv:1805.04833)."""
+    enough = lambda kept: kept.sum(dtype=jnp.int32) >= k
+    return _keep_likeliest(k < logits.shape[0], logits, enough)
+
+
+def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """The fewest tokens whose probability is p or more, with ties: nucleus (arXiv:1904.09751)."""
+    probabilities = jax.nn.softmax(logits)
+    mass = partial(jnp.vdot, b=probabilities, precision="highest")
+    return _keep_likeliest(p < 1, logits, lambda kept: mass(kept.astype(jnp.float32)) >= p)
+
+
+def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
+    return jnp.where(logits >= logits.max() + jnp.log(p), logits, -jnp.inf)
+
+
+def _keep_likeliest(active, logits: jax.Array, enough: Callable) -> jax.Array:
+    """Keeps the logits from the largest one down, until `enough(which are kept [V])` holds.
+
+    Float bits, the negative ones reversed, count like unsigned integers. So the threshold is found
+    bit by bit from the highest, in 32 sums over V; a sort costs several times more.
+    """
+
+    def threshold():
+        bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+        ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+        def refine(n, lower):
+            higher = lower | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
+            return jnp.where(enough(ordered >= higher), higher, lower)
+
+        kept = ordered >= jax.lax.fori_loop(0, 32, refine, jnp.uint32(0))
+        return jnp.where(kept, logits, -jnp.inf)
+
+    return jax.lax.cond(active, threshold, lambda: logits)
