@@ -25,7 +25,7 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     replicated = NamedSharding(mesh, PartitionSpec())
     replicate = lambda tree: jax.tree.map(lambda _: replicated, tree)
     split = lambda tree: jax.tree.map(
-        lambda x: NamedSharding(mesh, _split_largest(x.shape, mesh.size)), tree
+        lambda x: NamedSharding(mesh, _split(x.shape, mesh.size)), tree
     )
     return TrainState(
         step=replicated,
@@ -35,13 +35,13 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     )
 
 
-def _split_largest(shape, parts):
-    """The largest axis that divides into parts is split; an array without one is replicated."""
-    fitting = [n for n, size in enumerate(shape) if size % parts == 0]
-    if not fitting:
-        return PartitionSpec()
-    largest = max(fitting, key=lambda n: shape[n])
-    return PartitionSpec(*(AXIS if n == largest else None for n in range(len(shape))))
+def _split(shape, parts):
+    """The first axis that divides into parts is split; an array without one is replicated.
+
+    Of stacked layers that is the layer where it can be, and Muon then works on whole matrices.
+    """
+    axis = next((n for n, size in enumerate(shape) if size % parts == 0), None)
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:

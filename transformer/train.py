@@ -83,7 +83,7 @@ def _cross_entropy_bwd(residuals, cotangents):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _compute_logits(f, params, cache, batch):
+def compute_logits(f, params, cache, batch):
     """Logits [B, T, V]: each row in the parallel mode, from the same empty cache."""
     length = batch.tokens.shape[1]
     cells = jnp.arange(length, dtype=jnp.int32)
@@ -118,7 +118,7 @@ def loss(
     """
     if total_weight is None:
         total_weight = jnp.sum(batch.weights)
-    nll, lse = cross_entropy(_compute_logits(f, params, cache, batch), batch.targets)
+    nll, lse = cross_entropy(compute_logits(f, params, cache, batch), batch.targets)
     mean = lambda x: jnp.sum(x * batch.weights) / total_weight
     nll_mean = mean(nll)
     return nll_mean + z_loss * mean(jnp.square(lse)) if z_loss else nll_mean, nll_mean
@@ -221,7 +221,7 @@ def make_eval_step(config: Config, attention: str = "auto") -> Callable[[Params,
     @jax.jit
     def eval_step(params, batch):
         cache = init_cache(config, batch.tokens.shape[1])
-        return cross_entropy(_compute_logits(f, params, cache, batch), batch.targets)[0]
+        return cross_entropy(compute_logits(f, params, cache, batch), batch.targets)[0]
 
     return eval_step
 
