@@ -50,7 +50,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def _text(error):
     if isinstance(error, AttributeError | KeyError):
-        error = error.args[0]  # str() of these would quote their text once more
+        while isinstance(error, AttributeError | KeyError):
+            error = error.args[0]  # str() would quote the text once more
+        return f"unknown config field: {error}"
     if "Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
     return str(error)

@@ -116,14 +116,11 @@ def prepare(experiment: Experiment, workdir: Path) -> Run | None:
     data, options = experiment.data, experiment.train
     training, held_out = split(read_corpus(data.path), data.validation_fraction)
     begun = (workdir / CONFIG_FILE).exists()
-    if begun:
-        tell_changes(workdir, experiment)
-        tokenizer = Tokenizer.load(workdir)
-    else:
-        tokenizer = make_tokenizer(data, training)
+    tokenizer = Tokenizer.load(workdir) if begun else make_tokenizer(data, training)
     model = experiment.architecture(tokenizer.vocab_size)
     if begun:
         require_same_architecture(workdir, model)
+        tell_changes(workdir, experiment)
 
     optimizer = make_optimizer(experiment.optimizer, options.steps)
     init = partial(init_state, model, optimizer, ema_decay=options.ema_decay)

@@ -2,6 +2,7 @@
 
 from transformer.cache import Block, Cache
 from transformer.config import Config, presets
+from transformer.generate import Completion, generate
 from transformer.model import Model, load, save, score
 from transformer.program import Params, init_cache, init_params, program
 from transformer.schedule import run
@@ -9,9 +10,11 @@ from transformer.schedule import run
 __all__ = [
     "Block",
     "Cache",
+    "Completion",
     "Config",
     "Model",
     "Params",
+    "generate",
     "init_cache",
     "init_params",
     "load",
