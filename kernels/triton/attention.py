@@ -130,7 +130,7 @@ def _forward(options, on, q, keys, values, q_positions, kv_positions, q_starts, 
     """Returns z [B, T, N, H] and the log-sum-exp [B, N, T]."""
     B, T, N, H = q.shape
     tile = launch("forward", on, H, q.dtype)
-    return call(
+    z, lse = call(
         forward_kernel,
         q,
         keys,
@@ -149,6 +149,7 @@ def _forward(options, on, q, keys, values, q_positions, kv_positions, q_starts, 
         HAS_SINKS=sinks is not None,
         **_constants(options, q, keys, kv_positions, q_starts, alibi),
     )
+    return z, lse
 
 
 def _backward(options, on, operands, z, lse, dz, dlse):

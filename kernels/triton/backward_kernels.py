@@ -40,11 +40,13 @@ def _weights_and_dscores(
     """The weights, and the gradient of SCALE * q.k, of one tile; `lse` counts in powers of two."""
     s, tanh = scores(products, last - positions, slope, SCALE, SOFT_CAP, HAS_ALIBI)
     weights = tl.exp2(s * UNIT - lse)
-    if masked:
-        weights = tl.where((positions >= first) & (positions <= last), weights, 0.0)
     dscores = weights * (dweights - delta)
     if SOFT_CAP is not None:
         dscores *= 1.0 - tanh * tanh
+    if masked:  # both: what is not seen may be anything, infinite too
+        seen = (positions >= first) & (positions <= last)
+        weights = tl.where(seen, weights, 0.0)
+        dscores = tl.where(seen, dscores, 0.0)
     return weights, dscores
 
 

@@ -73,7 +73,7 @@ def split_size(architecture: int, blocks: int, cells: int) -> int:
     Small, so that one sequence fills a GPU, but never so small that there are more programs than
     keep a GPU busy: each costs a part that the second kernel merges.
     """
-    size = 64 if architecture == INTERPRETER else 256
+    size = 128 if architecture == INTERPRETER else 256
     while blocks * -(-cells // size) > 2048:
         size *= 2
     return size
@@ -109,10 +109,10 @@ _FAMILY = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 80}
 
 # Small tiles, unequal on purpose, so that small arrays have several of them.
 _INTERPRETED = {
-    "forward": Launch(64, 32, 4, 1),
-    "dq": Launch(32, 64, 4, 1),
-    "dkdv": Launch(32, 64, 4, 1),
-    "decode": Launch(16, 32, 4, 1),
+    "forward": Launch(64, 128, 4, 1),
+    "dq": Launch(64, 128, 4, 1),
+    "dkdv": Launch(128, 64, 4, 1),
+    "decode": Launch(16, 64, 4, 1),
 }
 
 

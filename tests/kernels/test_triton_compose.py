@@ -1,0 +1,120 @@
+"""The Triton backend under JAX's transformations, run by the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from kernels import reference
+from kernels.options import Options
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
+pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
+
+from kernels.triton import interpret
+
+T, N, K, H = 40, 4, 2, 32
+OPTIONS = Options(H**-0.5)
+POSITIONS = jnp.arange(T)[None]
+SINKS = jnp.linspace(-1, 1, N)
+# Both sides are float32 sums of the same numbers in another order.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def operands(*leading):
+    rng = np.random.default_rng()
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal((*leading, *shape)), jnp.float32)
+
+    return normal(T, N, H), normal(K, T, H), normal(K, T, H)
+
+
+def loss(attend):
+    def of(q, keys, values, sinks=SINKS):
+        z, lse = attend(q, keys, values, POSITIONS, sinks=sinks, options=OPTIONS)
+        return (z**2).sum() + lse.sum()
+
+    return of
+
+
+def same(transform, *arrays):
+    """`transform(attend's loss)` is the same for the Triton source and for the formula."""
+    got, want = (
+        transform(loss(attend))(*arrays) for attend in (interpret.attend, reference.attend)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **ROUNDING), got, want)
+
+
+def test_vmap_of_grad():
+    same(lambda f: jax.jit(jax.vmap(jax.grad(f, (0, 1, 2)))), *operands(3, 2))
+
+
+def test_grad_of_vmap_with_an_operand_that_is_not_mapped():
+    def transform(f):
+        batched = jax.vmap(jax.vmap(f, (0, None, None)), (1, None, None))
+        return jax.jit(jax.grad(lambda *x: batched(*x).sum(), (0, 1, 2)))
+
+    q, _, _ = operands(2, 2, 1)
+    _, keys, values = operands(1)
+    same(transform, q, keys, values)
+
+
+def test_vmap_over_sinks():
+    def transform(f):
+        return jax.jit(jax.vmap(jax.grad(f, 3), (None, None, None, 0)))
+
+    same(transform, *operands(1), jnp.stack([SINKS, -SINKS]))
+
+
+def test_scan_and_remat():
+    """Three layers in a scan, each recomputed in the backward pass."""
+
+    def transform(f):
+        def layers(q, keys, values):
+            @jax.checkpoint
+            def layer(total, x):
+                return total + f(q * x, keys, values), None
+
+            return jax.lax.scan(layer, 0.0, jnp.array([0.5, 1.0, 2.0]))[0]
+
+        return jax.jit(jax.grad(layers, (0, 1, 2)))
+
+    same(transform, *operands(1))
+
+
+def test_shard_map_sums_the_gradient_of_what_is_shared():
+    """Rows over devices, keys the same on all of them; with JAX's check of varying values on."""
+    count = min(2, jax.device_count())
+    mesh = jax.make_mesh((count,), ("rows",), axis_types=(AxisType.Auto,))
+    rows, same_everywhere = PartitionSpec("rows"), PartitionSpec()
+
+    def transform(f):
+        def local(q, keys, values, sinks):
+            keys, values = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in (keys, values))
+            return jax.lax.psum(f(q, keys, values, sinks), "rows")
+
+        specs = (rows, same_everywhere, same_everywhere, same_everywhere)
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=same_everywhere)
+        return jax.jit(jax.grad(sharded, (0, 1, 2, 3)))
+
+    q, _, _ = operands(2)
+    _, keys, values = operands(1)
+    same(transform, q, keys, values, SINKS)
+
+
+def test_decode_under_shard_map():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("rows")
+    q, k, v = (x.swapaxes(1, 2)[:, :1] if x.shape[1] == K else x[:, :1] for x in operands(2))
+    block = jnp.zeros((2, 1, K, 8, H))
+
+    def decode(keys, values, k, v, q):
+        cells = jnp.zeros((q.shape[0], 1), jnp.int32)
+        return interpret.decode(keys, values, 0, cells, None, k, v, q, None, None, options=OPTIONS)
+
+    arrays = (block, block, k, v, q)
+    sharded = jax.shard_map(decode, mesh=mesh, in_specs=(rows,) * 5, out_specs=(rows,) * 3)
+    for got, want in zip(jax.jit(sharded)(*arrays), decode(*arrays), strict=True):
+        np.testing.assert_array_equal(got, want)
