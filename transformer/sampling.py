@@ -155,12 +155,13 @@ def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 def _keep_likeliest(active, logits: jax.Array, enough: Callable) -> jax.Array:
     """Keeps the logits from the largest one down, until `enough(which are kept [V])` holds.
 
-    Float bits, the negative ones reversed, count like unsigned integers. So the threshold is found
-    bit by bit from the highest, in 32 sums over V; a sort costs several times more.
+    Float bits, the negative ones reversed and -0 made 0, count like unsigned integers. So the
+    threshold is found bit by bit from the highest, in 32 sums over V; a sort costs several times
+    more.
     """
 
     def threshold():
-        bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
         ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
         def refine(n, lower):
