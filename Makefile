@@ -1,0 +1,31 @@
+# Two commands for people: `make demo` and `make test`. PYTHON is any Python from 3.11 on.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+# Tests mostly compile, on one core each.
+WORKERS ?= 2
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=$(DEMO)
+	$(BIN)/python -m experiments.sample --workdir=$(DEMO) --prompt='import ' \
+		--prompt='def __init__(self' --prompt='class ' --max_new_tokens=120 --temperature=0.7
+	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer, please: make PYTHON=..."'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
