@@ -29,7 +29,7 @@ def _read(
     HAS_ALIBI: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Runs the online softmax over `cells`, but for the token's own; state: (mixed, total, peak)."""
+    """Runs the online softmax over `cells` without the token's; state: (mixed, total, peak)."""
     mixed, total, peak = state
     keys, values, S = block
     low, high = cells
@@ -112,10 +112,7 @@ def decode_kernel(
         first = tl.maximum(first, tl.load(starts + b))
     if WINDOW is not None:
         first = tl.maximum(first, position - (WINDOW - 1))
-    if RING:
-        slot = position % S
-    else:
-        slot = position
+    slot = position % S if RING else position
 
     members = tl.arange(0, GROUP)
     real = members < N // K

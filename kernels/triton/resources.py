@@ -1,9 +1,10 @@
-"""What the kernels in a lowered function cost a GPU, found without one.
+"""What a function asks of a CUDA GPU, found without one.
 
 `compiled` assembles the very PTX that the program would hand to the driver, with the assembler that
 comes with triton.
 """
 
+import collections
 import pathlib
 import re
 import subprocess
@@ -14,14 +15,16 @@ from typing import NamedTuple
 import jax
 import triton
 
+from kernels.triton.launches import target
+
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Kernel(NamedTuple):
     """One compiled kernel.
 
-    Bytes of shared memory per program, of stack and local memory per thread; registers per thread;
-    spills: instructions that move a register to local memory or back.
+    registers, stack (bytes) and spills (bytes moved to local memory and back) are of one thread,
+    shared (bytes) of one program; cubin is the machine code.
     """
 
     name: str
@@ -29,16 +32,46 @@ class Kernel(NamedTuple):
     num_warps: int
     ptx_version: float
     registers: int
-    shared: int
     stack: int
-    local: int
     spills: int
-    instructions: frozenset
+    shared: int
+    cubin: bytes
+
+
+def lower(function, *arguments, architecture: int) -> jax.stages.Lowered:
+    """Lowers a function for a CUDA GPU that need not be there.
+
+    Args:
+      function: jitted or not; it is traced anew.
+      *arguments: arrays or `jax.ShapeDtypeStruct`s.
+      architecture: as in `launches.target`.
+    """
+    with target(architecture):
+        # A new function, so that jit does not find an old trace, made for another target.
+        traced = jax.jit(lambda *x: function(*x)).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",))
+
+
+def array_shapes(lowered: jax.stages.Lowered) -> set[tuple[int, ...]]:
+    """The shapes of all arrays in a lowered function."""
+    shapes = re.findall(r"tensor<([0-9x]*)x[a-z]", lowered.as_text())
+    return {tuple(map(int, shape.split("x"))) for shape in shapes}
 
 
 def compiled(lowered: jax.stages.Lowered) -> list[Kernel]:
     """Assembles the Triton kernels of a function lowered for CUDA, each once, in order of calls."""
     return [_assemble(*kernel) for kernel in dict.fromkeys(_kernels(lowered))]
+
+
+def instructions(kernel: Kernel) -> collections.Counter:
+    """How often each machine instruction stands in a kernel, without its modifiers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.cubin)
+        listing = _tool("cuobjdump", "-sass", path)
+    return collections.Counter(
+        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?(\w+)", listing, re.MULTILINE)
+    )
 
 
 def _kernels(lowered):
@@ -85,27 +118,26 @@ def _fields(message):
 
 
 def _assemble(name, num_warps, shared, ptx, architecture):
-    assembler = "ptxas-blackwell" if architecture >= 100 else "ptxas"
-    target = re.search(r"\.target (\w+)", ptx)[1]
+    machine = re.search(r"\.target (\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = f"{folder}/kernel.ptx", f"{folder}/kernel.cubin"
-        pathlib.Path(source).write_text(ptx)
-        _tool(assembler, f"-arch={target}", source, "-o", cubin)
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        assembly = _tool("cuobjdump", "-sass", cubin)
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?(\w+)", assembly, re.MULTILINE)
+        source, cubin = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        usage = _tool("ptxas", "-v", f"-arch={machine}", source, "-o", cubin)
+        code = cubin.read_bytes()
+
+    def used(what):
+        return sum(map(int, re.findall(rf"(\d+) {what}", usage)))
+
     return Kernel(
         name=name,
         architecture=architecture,
         num_warps=num_warps,
         ptx_version=float(re.search(r"\.version ([\d.]+)", ptx)[1]),
-        registers=usage["REG"],
+        registers=int(re.search(r"Used (\d+) registers", usage)[1]),
+        stack=used("bytes stack frame"),
+        spills=used("bytes spill stores") + used("bytes spill loads"),
         shared=shared,
-        stack=usage["STACK"],
-        local=usage["LOCAL"],
-        spills=sum(name in ("STL", "LDL") for name in instructions),
-        instructions=frozenset(instructions),
+        cubin=code,
     )
 
 
@@ -113,4 +145,4 @@ def _tool(name, *arguments):
     result = subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{name} failed: {result.stderr.strip()}")
-    return result.stdout
+    return result.stdout + result.stderr

@@ -18,7 +18,7 @@ FAR = tl.constexpr(2147483647)
 
 @triton.jit
 def load_rows(base, rows, stride, inside, H: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of H numbers, `stride` apart, as a tile [rows, WIDTH]; zero where not `inside` [rows]."""
+    """Rows of H numbers, `stride` apart, as a tile [rows, WIDTH]; zero where not `inside`."""
     columns = tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride + columns[None, :]
     return tl.load(pointers, mask=inside[:, None] & (columns[None, :] < H), other=0.0)

@@ -1,0 +1,126 @@
+"""Every kernel of the launch table, compiled for each architecture on a machine without a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.options import Options
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
+pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
+
+from kernels.triton import attend, decode
+from kernels.triton.launches import launch
+from kernels.triton.resources import array_shapes, compiled, instructions, lower
+
+ARCHITECTURES = (80, 90, 100)
+WIDTHS = (32, 64, 128, 256)
+# Shared memory that one program can have, in bytes; the entries of 80 also serve 86, 89 and 120.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+B, T, N, K = 2, 1056, 8, 2
+
+
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lower_training(architecture, H, dtype, T=T, alibi=None, **choices):
+    """Forward and backward of attention over packed documents."""
+    options = Options(H**-0.5, **choices)
+
+    def gradients(q, keys, values, q_positions, q_starts, alibi):
+        def loss(*moving):
+            z, _ = attend(*moving, q_positions, None, q_starts, None, alibi, options=options)
+            return z.astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, keys, values)
+
+    q, block = array(B, T, N, H, dtype=dtype), array(B, K, T, H, dtype=dtype)
+    arrays = (q, block, block, array(B, T), array(B, T), alibi)
+    return lower(gradients, *arrays, architecture=architecture)
+
+
+def lower_decode(architecture, H, dtype, S=8192, **choices):
+    block = array(B, 2, K, S, H, dtype=dtype)
+    cell, q = array(B, 1, K, H, dtype=dtype), array(B, 1, N, H, dtype=dtype)
+    step = partial(decode, options=Options(H**-0.5, **choices))
+    arrays = (block, block, array(), array(B, 1), None, cell, cell, q, None, None)
+    return lower(step, *arrays, architecture=architecture)
+
+
+def report(kernels, H, dtype):
+    for kernel in kernels:
+        print(
+            f"sm_{kernel.architecture} {dtype:8} H={H:3} {kernel.name:14} warps {kernel.num_warps} "
+            f"registers {kernel.registers:3} stack {kernel.stack} spills {kernel.spills} "
+            f"shared {kernel.shared:6} PTX {kernel.ptx_version}"
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("H", WIDTHS)
+def test_shipped_kernels_fit(architecture, dtype, H):
+    kernels = compiled(lower_training(architecture, H, dtype))
+    kernels += compiled(lower_decode(architecture, H, dtype))
+    report(kernels, H, dtype)
+    names = ["forward_kernel", "dq_kernel", "dkdv_kernel", "decode_kernel", "combine_kernel"]
+    assert [kernel.name for kernel in kernels] == names
+    for kernel in kernels:
+        assert kernel.stack == kernel.spills == 0, kernel.name
+        assert kernel.shared <= SHARED[architecture], kernel.name
+        assert kernel.ptx_version <= 8.8, kernel.name
+        assert kernel.registers * 32 * kernel.num_warps <= 65536, kernel.name
+    if architecture == 90 and dtype == "bfloat16":
+        forward, dq, dkdv, *_ = (instructions(kernel) for kernel in kernels)
+        assert forward["HGMMA"]
+        assert dq["HGMMA"]
+        # At 256 the two gradients of a tile of 64 keys would not fit the registers.
+        assert dkdv["HGMMA"] or H == 256
+
+
+def test_every_option_at_once_compiles():
+    """Window, soft cap, starts and ALiBi together, and a head size that is not a power of two."""
+    alibi = array(N, dtype=jnp.float32)
+    lowered = lower_training(90, 80, "float16", alibi=alibi, window=300, soft_cap=30.0)
+    kernels = compiled(lowered) + compiled(lower_decode(90, 80, "float16", S=512, window=512))
+    report(kernels, 80, "float16")
+    # A few values that the loops do not touch may wait on the stack; a spill inside would be more.
+    assert all(kernel.stack <= 32 for kernel in kernels)
+
+
+def test_no_array_of_queries_by_keys():
+    """A training step lowers to the three kernels, and its arrays grow linearly in T."""
+    lowered = lower_training(90, 64, "bfloat16")
+    assert lowered.as_text().count("@triton_kernel_call") == 3
+    shapes = array_shapes(lowered)
+    assert (B, T, N, 64) in shapes
+    assert not any(shape.count(T) > 1 for shape in shapes)
+
+
+def test_decode_updates_the_blocks_in_place():
+    """The kernel's results are its operands' buffers, and no other operand is a block."""
+    text = lower_decode(90, 64, "bfloat16").as_text()
+    call = next(line for line in text.splitlines() if "@triton_kernel_call" in line)
+    aliases = call[call.index("output_operand_aliases") :]
+    for i in range(2):
+        assert f"output_tuple_indices = [{i}], operand_index = {i}" in aliases
+    block = f"tensor<{B}x2x{K}x8192x64xbf16>"
+    operands = call[call.rindex(": (") : call.rindex("->")]
+    assert operands.count(block) == 2
+
+
+@pytest.mark.parametrize("architecture", [75, 103])
+def test_unknown_architecture(architecture):
+    with pytest.raises(NotImplementedError, match="compute capability"):
+        launch("forward", architecture, 64, jnp.bfloat16)
+
+
+def test_without_a_gpu_and_without_a_target():
+    if jax.default_backend() == "gpu":
+        pytest.skip("this process has a GPU")
+    x = jnp.zeros((1, 1, 1, 32))
+    with pytest.raises(NotImplementedError, match="triton_interpret"):
+        attend(x, x, x, jnp.zeros((1, 1), jnp.int32), options=Options(1.0))
