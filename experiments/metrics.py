@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[dict]:
 class Metrics:
     """The metrics of a run in its work directory: `metrics.jsonl`, `tensorboard/`, `loss.png`.
 
-    A context manager, which draws the picture when left.
+    A context manager, which draws the picture when left without an error.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -67,7 +67,8 @@ class Metrics:
     def __exit__(self, *error):
         self._log.__exit__(*error)
         self._tensorboard.close()
-        plot_loss(read_rows(self._path), self._picture)
+        if error[0] is None:
+            plot_loss(read_rows(self._path), self._picture)
 
     def write(self, row: dict) -> None:
         """Adds a row: `step` and numbers."""

@@ -11,6 +11,7 @@ Orbax writes a step under another name and renames it when it is whole, so a pro
 leaves the steps before it as they were.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,8 +97,8 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are whole on disk or being written, oldest first."""
-        return sorted(self._manager.all_steps()) if self.path.is_dir() else []
+        """The steps that are whole on disk, oldest first."""
+        return sorted(self._manager.all_steps(read=True)) if self.path.is_dir() else []
 
     @property
     def best_first(self) -> list[int]:
@@ -146,6 +148,7 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         arguments = ocp.args.Composite(metadata=ocp.args.JsonSave(record), **arrays)
         with self._explained():
+            self._require_space(items)
             self._manager.save(step, args=arguments)
 
     def wait(self) -> None:
@@ -174,7 +177,7 @@ class Checkpoints:
           CheckpointError: none is good, or one has other arrays than those wanted.
         """
         steps = list(steps)
-        for step, following in zip(steps, [*steps[1:], None], strict=True):
+        for step, following in zip_longest(steps, steps[1:]):
             try:
                 return self._read(step, wanted)
             except _Damaged as error:
@@ -224,6 +227,15 @@ class Checkpoints:
         except Exception as error:
             raise _Damaged(_reason(error)) from error
 
+    def _require_space(self, items):
+        """Before anything is written: TensorStore on a full disk fills the terminal too."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free"
+            )
+
     @contextmanager
     def _explained(self):
         """Turns whatever a save raises into a `CheckpointError`, and frees what it had written."""
@@ -248,9 +260,10 @@ def _reason(error):
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
-    return (
-        f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else repr(error)
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line[:200]}"
 
 
 def _layout(tree) -> str:
