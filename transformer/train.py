@@ -70,8 +70,7 @@ def _cross_entropy_fwd(logits, targets):
     return (nll, lse), (logits, targets, lse)
 
 
-# The gradient is written in one pass over [..., V]. Left to JAX, it would be a sum of two arrays of
-# that size, one of them a scatter into zeros.
+# Left to JAX, the gradient would be a sum of two arrays [..., V], one of them a scatter into zeros.
 def _cross_entropy_bwd(residuals, cotangents):
     logits, targets, lse = residuals
     dnll, dlse = (x[..., None] for x in cotangents)
