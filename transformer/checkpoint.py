@@ -98,7 +98,9 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps that are whole on disk, oldest first."""
-        return sorted(self._manager.all_steps(read=True)) if self.path.is_dir() else []
+        if not self.path.is_dir():
+            return []
+        return sorted(int(folder.name) for folder in self.path.iterdir() if folder.name.isdigit())
 
     @property
     def best_first(self) -> list[int]:
