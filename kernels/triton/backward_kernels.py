@@ -25,28 +25,24 @@ from kernels.triton.tiles import (
 def _weights_and_dscores(
     products,
     dweights,
-    positions,
-    first,
-    last,
+    distance,
     lse,
     delta,
     slope,
-    masked,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """The weights, and the gradient of SCALE * q.k, of one tile; `lse` counts in powers of two."""
-    s, tanh = scores(products, last - positions, slope, SCALE, SOFT_CAP, HAS_ALIBI)
+    """The weights, and the gradient of SCALE * q.k, of one tile where all is visible.
+
+    `lse` counts in powers of two.
+    """
+    s, tanh = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
     weights = tl.exp2(s * UNIT - lse)
     dscores = weights * (dweights - delta)
     if SOFT_CAP is not None:
         dscores *= 1.0 - tanh * tanh
-    if masked:  # both: what is not seen may be anything, infinite too
-        seen = (positions >= first) & (positions <= last)
-        weights = tl.where(seen, weights, 0.0)
-        dscores = tl.where(seen, dscores, 0.0)
     return weights, dscores
 
 
@@ -84,18 +80,18 @@ def _read_dq(
         _, dscores = _weights_and_dscores(
             tl.dot(query, tl.trans(key), input_precision=PRECISION),
             tl.dot(dz, tl.trans(value), input_precision=PRECISION),
-            positions[None, :],
-            first[:, None],
-            last[:, None],
+            last[:, None] - positions[None, :],
             lse[:, None],
             delta[:, None],
             slope,
-            needs_mask(start, full, BLOCK_N),
             SCALE,
             SOFT_CAP,
             UNIT,
             HAS_ALIBI,
         )
+        if needs_mask(start, full, BLOCK_N):
+            seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= last[:, None])
+            dscores = tl.where(seen, dscores, 0.0)
         dq = tl.dot(dscores.to(key.dtype), key, dq, input_precision=PRECISION)
     return dq
 
@@ -208,24 +204,30 @@ def _read_dkdv(
         offsets = rows.to(tl.int64) * N
         query = load_rows(q, offsets, H, inside, H, WIDTH)
         dz_tile = load_rows(dz, offsets, H, inside, H, WIDTH)
-        first, last = query_intervals(q_positions, q_starts, rows, T, HAS_STARTS, WINDOW)
+        distance = 0
+        if HAS_ALIBI:
+            last = tl.load(q_positions + rows, mask=inside, other=-1)
+            distance = last[None, :] - positions[:, None]
         lse_row = tl.load(lse + rows, mask=inside, other=0.0) * LOG2E
         delta_row = tl.load(delta + rows, mask=inside, other=0.0)
         weights, dscores = _weights_and_dscores(
             tl.dot(key, tl.trans(query), input_precision=PRECISION),
             tl.dot(value, tl.trans(dz_tile), input_precision=PRECISION),
-            positions[:, None],
-            first[None, :],
-            last[None, :],
+            distance,
             lse_row[None, :],
             delta_row[None, :],
             slope,
-            needs_mask(start, full, BLOCK_M),
             SCALE,
             SOFT_CAP,
             UNIT,
             HAS_ALIBI,
         )
+        if needs_mask(start, full, BLOCK_M):
+            first, last = query_intervals(q_positions, q_starts, rows, T, HAS_STARTS, WINDOW)
+            seen = (positions[:, None] >= first[None, :]) & (positions[:, None] <= last[None, :])
+            # Both, because what is not seen may be anything, infinite too.
+            weights = tl.where(seen, weights, 0.0)
+            dscores = tl.where(seen, dscores, 0.0)
         dv = tl.dot(weights.to(dz_tile.dtype), dz_tile, dv, input_precision=PRECISION)
         dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision=PRECISION)
     return dk, dv
