@@ -94,7 +94,7 @@ def unembed(config: Config, params: Params, x):
     """x [E] -> logits [V], float32."""
     x = norm(config, params.final_norm, x)
     if params.output is None:
-        logits = params.embedding.astype(x.dtype) @ x
+        logits = x @ params.embedding.T.astype(x.dtype)  # E first: vmap then needs no transpose
     else:
         logits = linear(params.output, x)
     logits = logits.astype(jnp.promote_types(x.dtype, jnp.float32))

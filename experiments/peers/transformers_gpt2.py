@@ -43,7 +43,7 @@ def main(argv):
         )
 
     if "train" in _CASES.value:
-        report("train 4x256", 4 * 256, _train(model.train(), vocab_size))
+        report("train 4 x 256", 4 * 256, _train(model.train(), vocab_size))
     model.eval()
     with torch.no_grad():
         if "prefill" in _CASES.value:

@@ -1,0 +1,114 @@
+"""Suites of a whole model: a training step, prefill, decoding, and what they cost to compile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.suites.timing import Figure, compiled, timed
+from transformer.config import Config
+from transformer.data import Batch
+from transformer.optimizer import OptimizerConfig, make_optimizer
+from transformer.program import init_cache, init_params, program
+from transformer.schedule import run
+from transformer.train import flops_per_token, init_state, make_train_step
+
+PROMPT, NEW = 512, 32  # tokens before decoding begins, and tokens decoded
+
+
+def train(config: Config, repeats: int):
+    """A training step with AdamW on a batch of 4 x 256 tokens."""
+    rows, length = 4, 256
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (2, rows, length), dtype=np.int32)
+    batch = Batch(tokens[0], tokens[1], None, np.ones((rows, length), np.float32))
+    optimizer = make_optimizer(OptimizerConfig(name="adamw"), 1000)
+    state = init_state(config, optimizer, jax.random.key(0))
+    size = _bytes(state.params)
+    step, seconds = compiled(make_train_step(config, optimizer), state, batch, donate=0)
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    count = rows * length
+    flops = count * flops_per_token(config, length)
+    # Parameters are read forward and backward; gradients are written and read, and Adam reads and
+    # writes parameters and two moments.
+    yield Figure(
+        "train", f"{rows} x {length}", count, timed(call, repeats), seconds, flops, 10 * size
+    )
+
+
+def prefill(config: Config, repeats: int):
+    """A prompt of 512 tokens in the parallel mode, all logits computed."""
+    f, params = program(config), _params(config)
+    cache = init_cache(config, 2 * PROMPT)
+    tokens = _tokens(config, PROMPT)
+    program_, seconds = compiled(lambda p, c, t: run(f, p, c, t), params, cache, tokens)
+    flops = PROMPT * flops_per_token(config, PROMPT) / 3  # the backward pass is two thirds
+    times = timed(lambda: program_(params, cache, tokens), repeats)
+    yield Figure("prefill", f"{PROMPT}", PROMPT, times, seconds, flops, _bytes(params))
+
+
+def decode(config: Config, repeats: int):
+    """32 tokens, one after the other, behind a prompt of 512; one sequence, and eight."""
+    for batch in (1, 8):
+        yield _decode(config, f"after {PROMPT}, batch {batch}", batch, 2 * PROMPT, PROMPT, repeats)
+
+
+def capacity(config: Config, repeats: int):
+    """Decoding at one length with room for little more, and for much more."""
+    for size in (512, 16384):
+        yield _decode(config, f"after 448, capacity {size}", 1, size, 448, repeats)
+
+
+def compile(config: Config, repeats: int):
+    """Training steps of 10 and of 100 scanned layers; the figure is the time to compile them."""
+    for num_layers in (10, 100):
+        scanned = config.replace(num_layers=num_layers, scan_layers=True)
+        for figure in train(scanned, repeats):
+            yield Figure(**(vars(figure) | {"suite": "compile", "case": f"{num_layers} layers"}))
+
+
+def _decode(config, case, batch, size, start, repeats):
+    f, params = program(config), _params(config)
+
+    def generate(params, cache, token):
+        def step(carry, i):
+            cache, token = carry
+            cache, logits = f(params, cache, token, i)
+            return (cache, jnp.argmax(logits).astype(jnp.int32)), None
+
+        return jax.lax.scan(step, (cache, token), start + jnp.arange(NEW))[0]
+
+    state = init_cache(config, size), _tokens(config, 1)[0]
+    if batch > 1:
+        generate = jax.vmap(generate, in_axes=(None, 0, 0))
+        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)).copy(), state)
+    cells = sum(min(start + NEW // 2, window or size) for window in config.windows)
+    cell = 2 * config.num_kv_heads * config.head_size * config.compute_dtype.itemsize
+    moved = NEW * (_bytes(params) + batch * cells * cell)
+    flops = batch * NEW * flops_per_token(config, start) / 3
+    program_, seconds = compiled(generate, params, *state, donate=(1, 2))
+
+    def call():
+        nonlocal state
+        state = program_(params, *state)
+        return state
+
+    return Figure("decode", case, batch * NEW, timed(call, repeats), seconds, flops, moved)
+
+
+def _params(config):
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
+
+
+def _tokens(config, count):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.integers(0, config.vocab_size, count, dtype=np.int32))
+
+
+def _bytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
