@@ -14,7 +14,6 @@ import sys
 import threading
 import types
 
-
 import jax_triton.triton_lib as jt
 import ml_dtypes
 import numpy as np
