@@ -1,11 +1,13 @@
 """What the programs share on the command line: a user's error is one line and no traceback."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -21,8 +23,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def quiet_main(argv):
         # Orbax reports each of its steps there, and tracebacks of errors that it also raises.
-        logging.set_verbosity(logging.WARNING)
-        logging.get_absl_logger().setLevel("CRITICAL")
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         main(argv)
 
     app.run(quiet_main, flags_parser=parse)

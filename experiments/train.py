@@ -7,6 +7,7 @@ The work directory holds config.json, tokenizer.json and checkpoints/ (`transfor
 these), experiment.json (the config), metrics.jsonl, tensorboard/, loss.png and samples.jsonl.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -107,7 +108,9 @@ def main(argv):
 
 
 def prepare(experiment: Experiment, workdir: Path) -> Run | None:
-    """Makes a run ready, new or to be continued; None where it is finished. Writes nothing.
+    """Makes a run ready, new or to be continued; None where it is finished.
+
+    Writes nothing but the cache of tokenizers.
 
     Raises:
       ValueError, OSError: the config, the corpus or the work directory cannot be used.
@@ -225,19 +228,20 @@ def train(run: Run) -> int:
     """
     options, every = run.experiment.train, run.experiment.checkpoint.every
     run.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(run.workdir / EXPERIMENT_FILE, run.experiment.to_dict())
-    write_description(run.workdir, run.model, run.tokenizer)
     kept = {
         "keep_last": run.experiment.checkpoint.keep_last,
         "keep_best": run.experiment.checkpoint.keep_best,
     }
     with (
+        only_process(run.workdir),
         Checkpoints(run.workdir, **kept) as checkpoints,
         Metrics(run.workdir, run.start) as metrics,
         Log(run.workdir / SAMPLES_FILE, run.start) as samples,
         Progress(run.start, options.steps) as progress,
         StopSignals() as stop,
     ):
+        write_json(run.workdir / EXPERIMENT_FILE, run.experiment.to_dict())
+        write_description(run.workdir, run.model, run.tokenizer)
         checkpoints.discard_after(run.start)
         meter = Meter(run, metrics, progress)
         eval_step = make_eval_step(run.model)
@@ -281,6 +285,21 @@ def train(run: Run) -> int:
             if stop.requested:
                 break
     return step
+
+
+@contextmanager
+def only_process(workdir: Path):
+    """Keeps other processes from training in a directory until the body, or this process, ends.
+
+    Raises:
+      BlockingIOError: another one is.
+    """
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is training in {workdir}") from None
+        yield
 
 
 def sample(run: Run, params, seed: int) -> str:

@@ -18,7 +18,7 @@ from experiments import cli
 from experiments.config import default_config, read_config
 from experiments.configs import demo, gpt2, tiny
 from experiments.metrics import METRICS_FILE, SAMPLES_FILE, Log, read_rows
-from experiments.train import NotFinite, prepare, train
+from experiments.train import NotFinite, only_process, prepare, train
 from transformer import Config, load, presets
 from transformer.checkpoint import CheckpointError, Checkpoints
 
@@ -228,6 +228,17 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(corpus, tmp_path, mon
         train(run)
     assert [row["step"] for row in read_rows(tmp_path / METRICS_FILE) if "loss" in row][-1] == 40
     load(tmp_path)
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    with (
+        only_process(tmp_path),
+        pytest.raises(BlockingIOError, match="another process"),
+        only_process(tmp_path),
+    ):
+        pass
+    with only_process(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(
