@@ -19,9 +19,9 @@ def get_config():
     config.data.batch_size = 8
     config.data.length = 256
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 3e-3
-    config.train.steps = 700
-    config.train.eval_every = 350
-    config.train.sample_every = 350
-    config.checkpoint.every = 175
+    config.optimizer.learning_rate = 1e-2
+    config.train.steps = 400
+    config.train.eval_every = 200
+    config.train.sample_every = 400
+    config.checkpoint.every = 200
     return config
