@@ -184,6 +184,17 @@ def test_the_randomness_of_a_sample():
     assert not set(first) & set(draw(prompts, 4))
 
 
+def test_every_step_draws_anew_and_only_ids_of_the_tokenizer():
+    blank = Model(RINGS, jax.tree.map(jnp.zeros_like, model(RINGS).params), TOKENIZER)
+    seed = int(np.random.default_rng().integers(2**32))
+    for completion in generate(blank, ["a"] * 5, max_new_tokens=40, seed=seed):
+        # Of 40 equal draws out of 257 about 3 are repeats.
+        assert len(set(completion.tokens)) >= 0.7 * len(completion.tokens)
+        assert max(completion.tokens) < TOKENIZER.vocab_size
+        # All 300 logits are 0, to the rounding of float32.
+        np.testing.assert_allclose(completion.logprobs, -np.log(300), rtol=1e-6)
+
+
 def test_completions_end():
     m = reciter("abcdefghij")
 
