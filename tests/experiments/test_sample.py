@@ -1,0 +1,98 @@
+"""The sampling program as people start it: what it prints, and what it says to wrong use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from transformer.config import presets
+from transformer.generate import generate
+from transformer.model import Model, save
+from transformer.program import init_params
+from transformer.tokenizer import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {"max_new_tokens": 24, "temperature": 0.9, "top_k": 100, "top_p": 0.95, "seed": 5}
+FLAGS = [f"--{name}={value}" for name, value in OPTIONS.items()]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = presets["tiny"].replace(num_layers=1, width=32, feed_forward_width=64)
+    return Model(config, init_params(config, jax.random.key(0)), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sample") / "model"
+    save(model, path)
+    return path
+
+
+def sample(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.sample", *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
+def test_json_is_what_generate_returns(model, saved):
+    prompts = ["ab", "ab", "longer é prompt", "longer é prompt"]
+    result = sample(
+        f"--workdir={saved}", "--prompt=ab", "--prompt=longer é prompt", "--num_samples=2",
+        "--stop=x", "--stop=yz", "--json", *FLAGS,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    completions = generate(model, prompts, stop=["x", "yz"], **OPTIONS)
+    for prompt, row, completion in zip(prompts, printed, completions, strict=True):
+        assert row.pop("prompt") == prompt
+        # The same program of the same machine gives the same numbers.
+        assert row == vars(completion)
+
+
+def test_text_of_several_prompts_comes_one_after_the_other(model, saved):
+    prompts = ["ab", "longer é prompt"]
+    flags = [f"--prompt={prompt}" for prompt in prompts]
+    result = sample(f"--workdir={saved}", *flags, *FLAGS)
+    assert result.returncode == 0, result.stderr
+    texts = [completion.text for completion in generate(model, prompts, **OPTIONS)]
+    expected = "".join(
+        f"=== {n} of 2 ===\n{prompt}{text}\n"
+        for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1)
+    )
+    # subprocess reads every line break, also those that the model wrote, as \n.
+    assert result.stdout.splitlines() == expected.splitlines()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt=a", "--workdir=nowhere"], "nowhere"),
+        (["--prompt=a", "--top_p=0"], "top_p=0.0"),
+        (["--prompt="], "prompt 0 is empty"),
+        (["--prompt=a", "--max_new_tokens=1000"], "max_new_tokens=1000"),
+        (["--prompt=a", "--num_samples=0"], "num_samples"),
+        (["--prompt=a", "--temprature=1"], "temprature"),
+        ([], "prompt"),
+    ],
+)
+def test_wrong_use_is_one_line(saved, flags, message):
+    result = sample(f"--workdir={saved}", *flags)
+    assert result.returncode == 2 and not result.stdout
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_help_needs_no_jax():
+    code = "import sys, experiments.sample; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    result = sample("--help")
+    assert "--prompt" in result.stdout and "--top_p" in result.stdout
