@@ -1,29 +1,11 @@
-"""The public attention op, and the choice of the backend that runs it."""
-
-import importlib
+"""The public attention op: one meaning, several backends."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from kernels.backends import run
 from kernels.options import Options
-
-BACKENDS = {"reference": "kernels.reference", "xla": "kernels.xla"}
-
-
-def backend_module(backend: str):
-    """The module that implements a backend; "auto" is the best one for the platform.
-
-    Raises:
-      ValueError: `backend` is not one of `BACKENDS`.
-    """
-    if backend == "auto":
-        backend = "xla"
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"attention backend {backend!r} does not exist; choose one of "
-            f"{', '.join(['auto', *BACKENDS])}."
-        )
-    return importlib.import_module(BACKENDS[backend])
 
 
 def attention(
@@ -33,7 +15,9 @@ def attention(
     *,
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
+    kv_length: jax.Array | int | None = None,
     q_starts: jax.Array | None = None,
+    segments: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -45,47 +29,149 @@ def attention(
     """Causal attention by position: a query at position i reads the keys at start..i.
 
     Args:
-      q: [B, T, N, H].
+      q: [B, T, N, H] floating.
       k, v: [B, S, K, H]; N must be a multiple of K.
-      q_positions: [B or 1, T] int32; None: 0..T-1. Negative marks padding, which reads nothing.
-      kv_positions: [B or 1, S] int32; None: 0..S-1. Negative marks an empty cell.
-      q_starts: [B or 1, T] int32, the first position a query may read; None: 0.
+      q_positions: [B or 1, T] int; None: 0..T-1. Negative marks padding, which reads nothing.
+      kv_positions: [B or 1, S] int; None: 0..S-1. Negative marks an empty cell.
+      kv_length: [B], or one number: keys from there on are empty cells. None: S.
+      q_starts: [B or 1, T] int, the first position a query may read; None: 0.
+      segments: ids of documents, packed one after another: [B or 1, T] for queries and
+        [B or 1, S] for keys, or one array for both where T = S. A query reads its own document
+        only, the one that its position lies in. Instead of q_starts, and for keys in the order of
+        their positions. None: one document.
       window: a query sees its last `window` positions, its own included; None: all.
       soft_cap: cap * tanh(score / cap) on the scaled scores; None: off.
       sinks: [N] logits that join the softmax's denominator; None: none.
       alibi: [N] slopes, score -= slope * (i - p); constants, without a gradient.
       scale: factor on q.k; None: 1/sqrt(H).
-      backend: "auto" or one of `BACKENDS`.
-      return_lse: also return the log-sum-exp of the scores, [B, T, N] float32.
+      backend: "auto" or one of `kernels.backends.BACKENDS`.
+      return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-      z [B, T, N, H] in q's dtype (zero where a query reads nothing), or (z, lse).
+      z [B, T, N, H] in q's dtype, zero where a query reads nothing; or (z, lse) with lse [B, T, N]
+      in float32, -inf where a query reads nothing.
 
     Raises:
-      ValueError: the shapes do not fit together, or the backend is unknown.
+      ValueError: the shapes do not fit together, an option is out of its range, or there is no such
+        backend.
+      TypeError: an array has the wrong kind of numbers.
+      NotImplementedError: the backend cannot do what is asked, for the reason given.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+    _check_heads(q, k, v)
+    B, T, N, H = q.shape
+    S = k.shape[1]
+    _check_rows("q_positions", q_positions, B, T)
+    _check_rows("kv_positions", kv_positions, B, S)
+    _check_rows("q_starts", q_starts, B, T)
+    for name, x in (("sinks", sinks), ("alibi", alibi)):
+        if x is not None and jnp.shape(x) != (N,):
+            raise ValueError(f"{name} has shape {jnp.shape(x)}; it is [N={N}], one per query head.")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}; a query sees at least 1 position, its own.")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}; it must be above 0, or None.")
+
+    if q_positions is None:  # known while tracing, which some backends need
+        q_positions = np.arange(T, dtype=np.int32)[None]
+    if segments is not None:
+        if q_starts is not None or kv_positions is not None:
+            raise ValueError("segments goes without q_starts and kv_positions; give one of them.")
+        q_starts = _starts(*_segment_pair(segments, B, T, S), q_positions)
+    if kv_length is not None:
+        length = _lengths(kv_length, B)
+        if window is None and alibi is None and kv_positions is None:
+            q_positions = jnp.minimum(q_positions, length - 1)  # only where the read ends
+        else:
+            cells = jnp.arange(S, dtype=jnp.int32)[None]
+            positions = cells if kv_positions is None else kv_positions
+            kv_positions = jnp.where(cells < length, positions, -1)
+    options = Options(H**-0.5 if scale is None else float(scale), window, soft_cap)
+
+    def attend(module):
+        z, lse = module.attend(
+            q,
+            k.swapaxes(1, 2),
+            v.swapaxes(1, 2),
+            q_positions,
+            kv_positions,
+            q_starts,
+            sinks,
+            alibi,
+            options=options,
+        )
+        if return_lse and lse is None:
+            raise NotImplementedError("it does not give the log-sum-exp.")
+        return (z, lse) if return_lse else z
+
+    return run(backend, attend)
+
+
+def _check_heads(q, k, v):
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
+    if not fits or 0 in (*q.shape, *k.shape):
         raise ValueError(
-            f"attention takes q [B, T, N, H] and k, v [B, S, K, H]; got q {q.shape}, k {k.shape}, "
-            f"v {v.shape}."
+            f"attention takes q [B, T, N, H] and k, v [B, S, K, H], none of them empty; got q "
+            f"{q.shape}, k {k.shape}, v {v.shape}."
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"{q.shape[2]} query heads cannot share {k.shape[2]} key/value heads: "
             "the first must be a multiple of the second."
         )
-    if q_positions is None:
-        q_positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap)
-    z, lse = backend_module(backend).attend(
-        q,
-        k.swapaxes(1, 2),
-        v.swapaxes(1, 2),
-        q_positions,
-        kv_positions,
-        q_starts,
-        sinks,
-        alibi,
-        options=options,
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} holds {x.dtype}; attention takes floating-point numbers.")
+
+
+def _check_rows(name, x, rows, length):
+    """Refuses an array that is not [B or 1, length] of integers; None passes."""
+    if x is None:
+        return
+    if jnp.shape(x) not in ((rows, length), (1, length)):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(x)}; it is [{rows}, {length}], or [1, {length}] where "
+            "all rows are alike."
+        )
+    if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        raise TypeError(f"{name} holds {jnp.result_type(x)}; positions are integers.")
+
+
+def _segment_pair(segments, B, T, S):
+    if not isinstance(segments, tuple | list):
+        if T != S:
+            raise ValueError(
+                f"segments is one array, and there are {T} queries and {S} keys; give a pair "
+                "(of queries, of keys)."
+            )
+        segments = segments, segments
+    if len(segments) != 2:
+        raise ValueError(f"segments has {len(segments)} arrays; give a pair (of queries, of keys).")
+    _check_rows("segments of queries", segments[0], B, T)
+    _check_rows("segments of keys", segments[1], B, S)
+    return (jnp.asarray(x, jnp.int32) for x in segments)
+
+
+def _starts(of_queries, of_keys, q_positions):
+    """The first position of each query's document, [B or 1, T]."""
+    S = of_keys.shape[1]
+    begins = jnp.pad(of_keys[:, 1:] != of_keys[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, jnp.arange(S, dtype=jnp.int32), 0), axis=1)
+    cells = jnp.clip(q_positions, 0, S - 1)
+    rows = max(len(of_keys), len(cells))
+    cells = jnp.broadcast_to(cells, (rows, cells.shape[1]))
+    first, of_keys = (
+        jnp.take_along_axis(jnp.broadcast_to(x, (rows, S)), cells, axis=1) for x in (first, of_keys)
     )
-    return (z, lse) if return_lse else z
+    # A document that has no key yet begins after all of them.
+    return jnp.where(of_keys == of_queries, first, jnp.iinfo(jnp.int32).max)
+
+
+def _lengths(kv_length, B):
+    """[B or 1, 1]."""
+    length = jnp.asarray(kv_length)
+    if length.shape not in ((), (1,), (B,)) or not jnp.issubdtype(length.dtype, jnp.integer):
+        raise ValueError(
+            f"kv_length holds {length.dtype} of shape {length.shape}; it is an integer, or [{B}] "
+            "of them, one per row."
+        )
+    return length.reshape(-1, 1)

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import backend_module
+from kernels.backends import run
 from kernels.cells import is_batched, is_ring, take, write, write_ring
 from kernels.options import Options
 
@@ -42,12 +42,21 @@ def write_read(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _write_read(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi):
-    decode = getattr(backend_module(backend), "decode", None)
-    if q.shape[1] == 1 and decode is not None:
-        return decode(keys, values, layer, cells, starts, k, v, q, sinks, alibi, options=options)
-    chunk = partial(_chunk, options, backend, cells, starts, alibi)
-    keys_out, values_out, z = chunk(_layer(keys, layer), _layer(values, layer), k, v, q, sinks)
-    return _replace(keys, layer, keys_out), _replace(values, layer, values_out), z
+    def in_chunk():
+        chunk = partial(_chunk, options, backend, cells, starts, alibi)
+        keys_out, values_out, z = chunk(_layer(keys, layer), _layer(values, layer), k, v, q, sinks)
+        return _replace(keys, layer, keys_out), _replace(values, layer, values_out), z
+
+    def one_token(module):
+        if hasattr(module, "decode"):
+            return module.decode(
+                keys, values, layer, cells, starts, k, v, q, sinks, alibi, options=options
+            )
+        if backend == "auto":
+            raise NotImplementedError("it has no way of its own to run one token.")
+        return in_chunk()
+
+    return run(backend, one_token) if q.shape[1] == 1 else in_chunk()
 
 
 # The gradient is taken for one layer at a time. Left to JAX, the gradient of `_layer(keys, layer)`
@@ -92,21 +101,24 @@ def _replace(blocks, layer, block):
 
 def _chunk(options, backend, cells, starts, alibi, keys, values, k, v, q, sinks):
     """The instruction on one layer's block [B, K, S, H], for any number of tokens."""
-    attend = partial(backend_module(backend).attend, sinks=sinks, alibi=alibi, options=options)
+
+    def attend(keys, values, positions, starts):
+        operands = (q, keys, values, positions, None, starts, sinks, alibi)
+        return run(backend, lambda module: module.attend(*operands, options=options)[0])
+
     k = k.swapaxes(1, 2).astype(keys.dtype)
     v = v.swapaxes(1, 2).astype(values.dtype)
     if not is_ring(options, keys.shape[2]):
         keys, values = write(keys, cells, k), write(values, cells, v)
-        return keys, values, attend(q, keys, values, cells, None, starts)[0]
+        return keys, values, attend(keys, values, cells, starts)
     # A chunk may overwrite cells that its own first tokens still see, so the read is from the ring
-    # as it was, unrolled into the order of positions, followed by the chunk.
+    # as it was, unrolled into the order of positions, followed by the chunk. Positions count from
+    # the first unrolled cell on; those before position 0 are empty, so no token starts there.
     window = options.window
-    positions = cells[:, :1] + jnp.arange(-window, 0)
-    turns = positions % window
-
-    def unroll(ring, new):
-        return jnp.concatenate([take(ring, turns), new], axis=2)
-
-    positions = jnp.concatenate([jnp.maximum(positions, -1), cells], axis=1)
-    z, _ = attend(q, unroll(keys, k), unroll(values, v), cells, positions, starts)
+    base = cells[:, :1] - window
+    turns = (base + jnp.arange(window)) % window
+    unroll = lambda ring, new: jnp.concatenate([take(ring, turns), new], axis=2)
+    first = jnp.zeros_like(cells) if starts is None else jnp.maximum(starts, 0)
+    positions = jnp.where(cells < 0, -1, cells - base)
+    z = attend(unroll(keys, k), unroll(values, v), positions, first - base)
     return write_ring(keys, cells, k), write_ring(values, cells, v), z

@@ -49,7 +49,8 @@ def attend(
 
     Returns:
       z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
-      of the scores in float32. Both have gradients, for q, keys, values and sinks.
+      of the scores in float32, -inf where a query reads nothing. Both have gradients, for q, keys,
+      values and sinks.
     """
     return _attend(options, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi)
 
@@ -118,7 +119,7 @@ def forward(
             peak = new_peak
         empty = total == 0
         total = jnp.where(empty, 1, total)
-        lse = jnp.where(empty, MASKED, peak + jnp.log(total))
+        lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
         return (mixed / total[..., None]).astype(q.dtype), lse
 
     queries = _tile_queries({"q": q}, q_positions, q_starts, num_kv_heads)
@@ -228,7 +229,7 @@ class _Masking:
     def scores(self, query, key, tile):
         """Scores [B, K, T, G, size], which of them are visible, and the soft cap's slope."""
         options = self.options
-        scores = _dot("bktgh,bksh->bktgs", query["q"], key) * options.scale
+        scores = _scores(query["q"], key) * options.scale
         slope = None
         if options.soft_cap is not None:
             bent = jnp.tanh(scores / options.soft_cap)
@@ -315,6 +316,14 @@ def _untile(results, like, tiled):
         return jnp.moveaxis(x, 1, 2).reshape(B, T, N, *x.shape[4:])
 
     return jax.tree.map(whole, results)
+
+
+def _scores(q, key):
+    """q [B, K, t, G, H] on a tile of keys [B, K, s, H] -> [B, K, t, G, s]."""
+    if q.shape[2] * q.shape[3] > 1:
+        return _dot("bktgh,bksh->bktgs", q, key)
+    # Keys first, as they lie: for one query XLA would transpose the whole tile otherwise.
+    return jnp.moveaxis(_dot("bksh,bktgh->bkstg", key, q), 2, 4)
 
 
 def _grouped_heads(x, num_kv_heads):

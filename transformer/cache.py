@@ -42,7 +42,7 @@ class Cache:
     repeat: which repeat of the pattern is running, where the layers are scanned.
     cell: the cell of the running token, where it differs from its position (packed documents).
     next: the block that the next `write_read` touches; None between tokens.
-    backend: what runs the instruction, one of `kernels.attention.BACKENDS` or "auto".
+    backend: what runs the instruction, one of `kernels.backends.BACKENDS` or "auto".
     """
 
     blocks: tuple[Block, ...]

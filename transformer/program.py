@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import nn
 
-from kernels.attention import backend_module
+from kernels.backends import check_backend
 from transformer.cache import Block, Cache
 from transformer.config import Config
 from transformer.experts import Experts
@@ -54,7 +54,7 @@ def program(config: Config, *, numerics: str = "fast", attention: str = "auto") 
     """
     if numerics != "fast":
         raise ValueError(f"numerics={numerics!r} does not exist; choose 'fast'.")
-    backend_module(attention)  # raises now, not when the first token runs
+    check_backend(attention)
     layers = [config.replace(window=window) for window in config.windows]
 
     def f(params: Params, cache: Cache, token, i, cell=None):

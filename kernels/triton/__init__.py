@@ -5,6 +5,5 @@
 
 from kernels.triton.attention import attend
 from kernels.triton.decoding import decode
-from kernels.triton.launches import target
 
-__all__ = ["attend", "decode", "target"]
+__all__ = ["attend", "decode"]

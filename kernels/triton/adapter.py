@@ -1,6 +1,7 @@
 """The one place that calls jax-triton."""
 
 import jax
+import jax_triton
 import triton
 
 # Triton writes PTX for the assembler it comes with, and the assembler that runs it may be older:
@@ -19,15 +20,13 @@ def call(kernel, *operands, outputs, programs, launch, architecture, aliases=Non
       programs: number of programs, a one-dimensional grid.
       launch: `launches.Launch`; its tiles are the constants BLOCK_M and BLOCK_N of a kernel that
         has such.
-      architecture: see `launches.target`.
+      architecture: ten times the compute capability, or `launches.INTERPRETER`.
       aliases: {operand: output} that share a buffer; operands are counted among the arrays.
       **constants: the kernel's compile-time constants.
 
     Returns:
       The outputs, a list.
     """
-    import jax_triton  # here, because it does not import where there is no CUDA plugin
-
     tiles = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     arrays = [x for x in operands if isinstance(x, jax.Array)]
     results = jax_triton.triton_call(

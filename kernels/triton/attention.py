@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from kernels.options import Options
+from kernels.target import architecture
 from kernels.triton.adapter import call, vary_like
 from kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
 from kernels.triton.forward_kernel import forward_kernel
-from kernels.triton.launches import architecture, launch, width
+from kernels.triton.launches import launch, width
 
 
 def attend(
@@ -40,7 +41,8 @@ def attend(
       sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
       alibi: [N] constant slopes, score -= slope * (i - p) (arXiv:2108.12409); None: none.
       options: scale, window, soft cap.
-      on: the architecture to compile for, as in `launches.target`; None: `architecture()`.
+      on: the architecture to compile for, ten times the compute capability; None: that of
+        `kernels.target.architecture`.
 
     Returns:
       z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]

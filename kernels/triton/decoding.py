@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.cells import is_ring
 from kernels.options import Options
+from kernels.target import architecture
 from kernels.triton.adapter import call
 from kernels.triton.attention import score_constants
 from kernels.triton.decode_kernels import combine_kernel, decode_kernel
-from kernels.triton.launches import architecture, launch, power_of_two, split_size, width
+from kernels.triton.launches import launch, power_of_two, split_size, width
 
 
 def decode(
@@ -31,16 +33,17 @@ def decode(
     rule: sequences are the leading axis of every array.
 
     Args:
-      keys, values: [B, L, K, S, H], written in place: donate them. A block of `options.window`
-        cells is a ring, where position p lives in cell p % window.
-      layer: scalar int32, which of the L layers.
+      keys, values: as in `kernels.write_read.write_read`, written in place: donate them. A block of
+        `options.window` cells is a ring, where position p lives in cell p % window.
+      layer: scalar int32, which of the L layers; None where there is no such axis.
       cells: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
       starts: [B or 1, 1] int32, the first position each token may read; None: 0.
       k, v: [B, 1, K, H].
       q: [B, 1, N, H].
       sinks, alibi: [N] or None, as in `attend`.
       options: scale, window, soft cap.
-      on: the architecture to compile for, as in `launches.target`; None: `architecture()`.
+      on: the architecture to compile for, ten times the compute capability; None: that of
+        `kernels.target.architecture`.
 
     Returns:
       keys, values with the new cells, and z [B, 1, N, H] in q's dtype.
@@ -49,8 +52,8 @@ def decode(
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
     """
     on = architecture() if on is None else on
-    B, L, K, S, H = keys.shape
-    N = q.shape[2]
+    *_, K, S, H = keys.shape  # to a kernel they are one stretch of memory; no reshape, no copy
+    B, _, N, _ = q.shape
     tile = launch("decode", on, H, keys.dtype)
     split = split_size(on, B * K, S)
     splits = -(-S // split)
@@ -68,7 +71,7 @@ def decode(
         decode_kernel,
         keys,
         values,
-        jnp.asarray(layer, jnp.int32),
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
         rows(cells),
         rows(starts),
         k.astype(keys.dtype),
@@ -88,12 +91,12 @@ def decode(
         launch=tile,
         architecture=on,
         aliases={0: 0, 1: 1},
-        L=L,
+        L=1 if layer is None else keys.shape[-4],
         N=N,
         K=K,
         GROUP=max(tile.block_m, power_of_two(N // K)),
         SPLIT=split,
-        RING=options.window == S,
+        RING=is_ring(options, S),
         HAS_STARTS=starts is not None,
         HAS_SINKS=sinks is not None,
         **score_constants(options, H, alibi),

@@ -3,16 +3,11 @@
 There is no tuning at run time: it would make the numbers of one run differ from those of the next.
 """
 
-import contextlib
-import contextvars
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 INTERPRETER = 0  # the architecture that runs the kernels' source on the CPU
-
-_target = contextvars.ContextVar("triton_target", default=None)
 
 
 class Launch(NamedTuple):
@@ -22,39 +17,6 @@ class Launch(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-
-
-@contextlib.contextmanager
-def target(architecture: int):
-    """Traces for a GPU that is not there, so that a CPU host can lower for it.
-
-    Args:
-      architecture: ten times the compute capability: 80, 90, 100, ...
-
-    The setting is read while tracing: a function that `jit` has traced before keeps its target.
-    """
-    token = _target.set(architecture)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def architecture() -> int:
-    """The architecture set by `target`, or that of this process's GPU.
-
-    Raises:
-      NotImplementedError: there is no CUDA GPU and no `target`.
-    """
-    if _target.get() is not None:
-        return _target.get()
-    devices = jax.local_devices()
-    if devices[0].platform != "gpu":
-        raise NotImplementedError(
-            f"triton kernels run on CUDA GPUs, and this process runs on {devices[0].platform}; "
-            "use the backend triton_interpret, or trace under kernels.triton.target(90)."
-        )
-    return round(10 * float(devices[0].compute_capability))
 
 
 def power_of_two(n: int) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import triton
 
-from kernels.triton.launches import target
+from kernels.target import target
 
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -44,9 +44,9 @@ def lower(function, *arguments, architecture: int) -> jax.stages.Lowered:
     Args:
       function: jitted or not; it is traced anew.
       *arguments: arrays or `jax.ShapeDtypeStruct`s.
-      architecture: as in `launches.target`.
+      architecture: as in `kernels.target.target`.
     """
-    with target(architecture):
+    with target("gpu", architecture):
         # A new function, so that jit does not find an old trace, made for another target.
         traced = jax.jit(lambda *x: function(*x)).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",))

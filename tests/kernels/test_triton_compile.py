@@ -122,5 +122,5 @@ def test_without_a_gpu_and_without_a_target():
     if jax.default_backend() == "gpu":
         pytest.skip("this process has a GPU")
     x = jnp.zeros((1, 1, 1, 32))
-    with pytest.raises(NotImplementedError, match="triton_interpret"):
+    with pytest.raises(NotImplementedError, match="runs on CUDA GPUs, and this is a cpu"):
         attend(x, x, x, jnp.zeros((1, 1), jnp.int32), options=Options(1.0))

@@ -13,7 +13,8 @@ pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=
 import triton
 import triton.language as tl
 
-from kernels.triton import attend, interpret, target
+from kernels.target import target
+from kernels.triton import attend, interpret
 from kernels.triton.adapter import call
 from kernels.triton.launches import INTERPRETER, Launch
 from kernels.triton.resources import compiled, lower
@@ -84,5 +85,5 @@ def test_kernels_traced_for_a_gpu_do_not_run_here():
     if jax.default_backend() != "cpu":
         pytest.skip("this process has a GPU")
     x = jnp.zeros((1, 1, 1, 32))
-    with target(90), pytest.raises(NotImplementedError, match="triton_interpret"):
+    with target("gpu", 90), pytest.raises(NotImplementedError, match="triton_interpret"):
         attend(x, x, x, jnp.zeros((1, 1), jnp.int32), options=Options(1.0))
