@@ -33,9 +33,12 @@ def saved(model, tmp_path_factory):
     return path
 
 
+PROGRAM = [sys.executable, "-m", "experiments.sample"]
+
+
 def sample(*flags):
     return subprocess.run(
-        [sys.executable, "-m", "experiments.sample", *flags],
+        [*PROGRAM, *flags],
         cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -70,6 +73,15 @@ def test_text_of_several_prompts_comes_one_after_the_other(model, saved):
     )
     # subprocess reads every line break, also those that the model wrote, as \n.
     assert result.stdout.splitlines() == expected.splitlines()
+
+
+def test_a_reader_that_leaves_is_no_error(saved):
+    flags = [f"--workdir={saved}", "--prompt=ab", "--max_new_tokens=200", "--temperature=0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*PROGRAM, *flags], cwd=ROOT, stdout=pipe, stderr=pipe) as program:
+        assert program.stdout.read(2) == b"ab"
+        program.stdout.close()
+        assert program.stderr.read() == b""
 
 
 @pytest.mark.parametrize(
