@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+from jax._src import dispatch
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -38,6 +39,9 @@ def define(name: str, fun: Callable, batch: Callable) -> core.Primitive:
         return jax.make_jaxpr(partial(fun, **params))(*avals).out_avals
 
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=True))
+    # What is split over devices (kernels/partition.py) must know them when it is lowered; JAX looks
+    # for that in the jaxpr, where the function is not seen.
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
     def batching_rule(operands, dims, **params):
         size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)

@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from kernels.options import Options
+from kernels.partition import foldable
 from kernels.target import platform
 
 LANES = 128  # tiles are multiples of a vector register's lanes
@@ -63,8 +64,51 @@ def attend(
       NotImplementedError: positions of keys, ALiBi, starts in a block of more than 32768 cells, or
         this is no TPU.
     """
+    B, T, N, _ = q.shape
+    _check(keys.shape[2], kv_positions, q_starts, alibi, interpret)
+    operands = (q, keys, values, q_positions, q_starts, sinks)
+    if jax.device_count() == 1:
+        return _run(options, interpret, *operands)[0], None
+    spread = lambda x, *shape: None if x is None else jnp.broadcast_to(x, shape)
+    rows = spread(q_positions, B, T), spread(q_starts, B, T), spread(sinks, B, N)
+    return _run_on_devices(options, interpret, q, keys, values, *rows)[0], None
+
+
+AXES = ("btnh", "bksh", "bksh", "bt", "bt", "bn")
+
+
+# A call that is split over devices has no gradient, and the kernel keeps what it needs for its own
+# to itself; so here the backward pass runs the forward kernel once more.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run_on_devices(options, interpret, *operands):
+    return foldable(partial(_run, options, interpret), AXES, ("btnh",))(*operands)
+
+
+def _run_fwd(options, interpret, *operands):
+    return _run_on_devices(options, interpret, *operands), operands
+
+
+def _run_bwd(options, interpret, operands, cotangents):
+    sinks = operands[-1]
+
+    def pull(q, keys, values, q_positions, q_starts, sinks, dz):
+        run = lambda q, keys, values, sinks: _run(
+            options, interpret, q, keys, values, q_positions, q_starts, sinks
+        )
+        gradients = jax.vjp(run, q, keys, values, sinks)[1]((dz,))
+        return gradients if sinks is not None else gradients[:3]
+
+    axes = ("btnh", "bksh", "bksh", "bn")[: 3 if sinks is None else 4]
+    dq, dkeys, dvalues, *dsinks = foldable(pull, (*AXES, "btnh"), axes)(*operands, *cotangents)
+    return dq, dkeys, dvalues, None, None, dsinks[0] if dsinks else None
+
+
+_run_on_devices.defvjp(_run_fwd, _run_bwd)
+
+
+def _run(options, interpret, q, keys, values, q_positions, q_starts, sinks):
+    """(z,), on one device; sinks [N] or [B, N]."""
     T, S = q.shape[1], keys.shape[2]
-    _check(S, kv_positions, q_starts, alibi, interpret)
     dtype = keys.dtype if keys.dtype.itemsize < q.dtype.itemsize else q.dtype
     q_tile, kv_tile = (min(TILE, -(-n // LANES) * LANES) for n in (T, S))
 
@@ -84,7 +128,8 @@ def attend(
     tables = _tables(first, last, q_tile, -(-S // kv_tile), kv_tile)
     kernel = partial(_kernel, tables, visible, q_tile, kv_tile, options.soft_cap, interpret)
     shared = query.shape[0] == 1
-    z = jax.vmap(kernel, in_axes=(None if shared else 0, 0, 0, 0, None))(
+    per_row = sinks is not None and sinks.ndim == 2
+    z = jax.vmap(kernel, in_axes=(None if shared else 0, 0, 0, 0, 0 if per_row else None))(
         query[0] if shared else query,
         _pad((q * options.scale).astype(dtype).swapaxes(1, 2), 2, q_tile),
         _pad(keys.astype(dtype), 2, kv_tile),
@@ -92,7 +137,7 @@ def attend(
         sinks,
     )
     z = z[:, :, :T].swapaxes(1, 2)
-    return jnp.where(empty[:, :, None, None], 0, z).astype(q.dtype), None
+    return (jnp.where(empty[:, :, None, None], 0, z).astype(q.dtype),)
 
 
 def _check(num_cells, kv_positions, q_starts, alibi, interpret):

@@ -5,9 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from kernels.options import Options
+from kernels.partition import foldable
 from kernels.target import architecture
 from kernels.triton.adapter import call, vary_like
 from kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
@@ -78,31 +78,18 @@ def attend(
     return z.astype(q.dtype), lse.swapaxes(1, 2)
 
 
+# The axes of the operands: see `kernels.partition`.
+AXES = ("btnh", "bksh", "bksh", "bt", "bs", "bt", "bn", "bn")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(options, on, *operands):
-    return _foldable(_forward, options, on)(*operands)
+    return foldable(partial(_forward, options, on), AXES, ("btnh", "bnt"))(*operands)
 
 
 def _attend_fwd(options, on, *operands):
     z, lse = _attend(options, on, *operands)
     return (z, lse), (operands, z, lse)
-
-
-def _foldable(function, options, on):
-    """`function` with a batching rule: a mapped axis joins the leading axis of every operand."""
-    function = custom_vmap(partial(function, options, on))
-
-    @function.def_vmap
-    def _(size, mapped, *operands):
-        def fold(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = function(*jax.tree.map(fold, operands, tuple(mapped)))
-        unfolded = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-        return unfolded, jax.tree.map(lambda _: True, results)
-
-    return function
 
 
 def score_constants(options, head_size, alibi):
@@ -154,9 +141,23 @@ def _forward(options, on, q, keys, values, q_positions, kv_positions, q_starts, 
     return z, lse
 
 
-def _backward(options, on, operands, z, lse, dz, dlse):
-    """Gradients of q, keys, values and sinks [B, N] (None without sinks)."""
-    q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi = operands
+def _backward(
+    options,
+    on,
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions,
+    q_starts,
+    sinks,
+    alibi,
+    z,
+    lse,
+    dz,
+    dlse,
+):
+    """Gradients of q, keys, values and, where there are any, sinks [B, N]."""
     B, T, N, H = q.shape
     K, S = keys.shape[1:3]
     # A sum of products, not an einsum: a GPU would make that a matrix product in lower precision.
@@ -188,7 +189,7 @@ def _backward(options, on, operands, z, lse, dz, dlse):
         **constants,
     )
     if sinks is None:
-        return dq, dkeys, dvalues, None
+        return dq, dkeys, dvalues
     return dq, dkeys, dvalues, -(jnp.exp(sinks[:, :, None] - lse) * delta).sum(2)
 
 
@@ -197,9 +198,13 @@ def _like(x):
 
 
 def _attend_bwd(options, on, residuals, cotangents):
-    gradients = _foldable(_backward, options, on)(*residuals, *cotangents)
-    dq, dkeys, dvalues, dsinks = gradients
-    return dq, dkeys, dvalues, None, None, None, dsinks, None
+    operands, z, lse = residuals
+    backward = partial(_backward, options, on)
+    axes = (*AXES, "btnh", "bnt", "btnh", "bnt")
+    results = ("btnh", "bksh", "bksh", "bn")[: 3 if operands[6] is None else 4]
+    gradients = foldable(backward, axes, results)(*operands, z, lse, *cotangents)
+    dq, dkeys, dvalues, *dsinks = gradients
+    return dq, dkeys, dvalues, None, None, None, dsinks[0] if dsinks else None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

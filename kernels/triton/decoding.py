@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.cells import is_ring
+from kernels.cells import is_batched, is_ring
 from kernels.options import Options
+from kernels.partition import split_by_rows_and_heads
 from kernels.target import architecture
 from kernels.triton.adapter import call
 from kernels.triton.attention import score_constants
@@ -52,14 +53,37 @@ def decode(
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
     """
     on = architecture() if on is None else on
+    batched = is_batched(keys, layer)
+    block = "b" * batched + "l" * (layer is not None) + "ksh"
+    operands = {
+        "q": (q, "btnh"),
+        "k": (k, "btkh"),
+        "v": (v, "btkh"),
+        "keys": (keys, block),
+        "values": (values, block),
+        "layer": (None if layer is None else jnp.asarray(layer, jnp.int32), ""),
+        "cells": (_rows(cells, q), "b"),
+        "starts": (_rows(starts, q), "b"),
+        "sinks": (sinks, "n"),
+        "alibi": (alibi, "n"),
+    }
+    arrays, axes = zip(*operands.values(), strict=True)
+    step = lambda *arrays: _step(options, on, **dict(zip(operands, arrays, strict=True)))
+    return split_by_rows_and_heads(step, arrays, axes, (block, block, "btnh"))
+
+
+def _rows(x, q):
+    """[B or 1, 1] -> [B]."""
+    return None if x is None else jnp.broadcast_to(x[:, 0].astype(jnp.int32), q.shape[:1])
+
+
+def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi):
+    """One step on one device; cells and starts [B]."""
     *_, K, S, H = keys.shape  # to a kernel they are one stretch of memory; no reshape, no copy
     B, _, N, _ = q.shape
     tile = launch("decode", on, H, keys.dtype)
     split = split_size(on, B * K, S)
     splits = -(-S // split)
-
-    def rows(x):
-        return None if x is None else jnp.broadcast_to(x[:, 0].astype(jnp.int32), (B,))
 
     def heads(x):
         return None if x is None else x.astype(jnp.float32)
@@ -71,9 +95,9 @@ def decode(
         decode_kernel,
         keys,
         values,
-        jnp.asarray(0 if layer is None else layer, jnp.int32),
-        rows(cells),
-        rows(starts),
+        jnp.int32(0) if layer is None else layer,
+        cells,
+        starts,
         k.astype(keys.dtype),
         v.astype(values.dtype),
         q.astype(keys.dtype),

@@ -14,11 +14,14 @@ import sys
 import threading
 import types
 
+import jax
 import jax_triton.triton_lib as jt
 import ml_dtypes
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as ti
+from jax._src.custom_partitioning import _custom_partitioning_lowering_rule
+from jax.experimental.custom_partitioning import custom_partitioning_p
 from jax.interpreters import mlir
 from triton.runtime.jit import JITFunction
 
@@ -143,17 +146,37 @@ def _lower(ctx, *operands, fn, grid, scalar_args, input_output_aliases, **parame
         _run(fn, jt.normalize_grid(grid, constants), named | constants)
         return tuple(outputs)
 
-    results, _, _ = mlir.emit_python_callback(
-        ctx,
-        callback,
-        None,
-        list(operands),
-        ctx.avals_in,
-        ctx.avals_out,
-        has_side_effect=False,
-        returns_token=False,
-    )
-    return results
+    _callbacks.append(callback)
+    number = mlir.ir_constant(np.int32(len(_callbacks) - 1))
+    numbered = ctx.replace(avals_in=[jax.core.ShapedArray((), np.int32), *ctx.avals_in])
+    lower = jax.ffi.ffi_lowering("xla_ffi_python_cpu_callback")
+    return lower(numbered, number, *operands, index=np.uint64(_place(ctx)))
 
 
 mlir.register_lowering(jt.triton_kernel_call_p, _lower, platform="cpu", cacheable=False)
+
+# A program has a list of its callbacks, made when it is lowered. What runs on a part of sharded
+# arrays is lowered later, as a program of its own, and its calls are to that list: with one
+# callback for all kernels, first in every list, the places agree.
+_callbacks = []
+
+
+def _call(number, *arrays):
+    return _callbacks[int(number)](*arrays)
+
+
+def _place(ctx):
+    """The place of `_call` in the list of callbacks of the program that is lowered."""
+    listed = ctx.module_context.host_callbacks
+    if _call not in listed:
+        ctx.module_context.add_host_callback(_call)
+    return listed.index(_call)
+
+
+def _lower_partitioned(ctx, *operands, **parameters):
+    if _place(ctx):
+        raise NotImplementedError("sharded arrays beside other callbacks.")
+    return _custom_partitioning_lowering_rule(ctx, *operands, **parameters)
+
+
+mlir.register_lowering(custom_partitioning_p, _lower_partitioned, platform="cpu")

@@ -1,0 +1,130 @@
+"""Splitting a kernel over devices under plain jit.
+
+To XLA a kernel is one opaque call: given sharded operands, it would gather them and run the whole
+on every device. Attention is independent for each sequence and for each key head with its queries,
+and that is what is said here.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def split_by_rows_and_heads(
+    function: Callable,
+    operands: Sequence,
+    axes: Sequence[str],
+    result_axes: Sequence[str],
+):
+    """Calls `function(*operands)` so that jit may run it on a part of the rows and heads.
+
+    Args:
+      function: of arrays, to a tuple of arrays. It reads all sizes from its operands.
+      operands: arrays, or None. The first has axes b and n, the second has k.
+      axes: of each operand, a letter for each axis: b sequences, n query heads, k key heads; any
+        other letter is an axis that stays whole.
+      result_axes: of each result.
+
+    Returns:
+      The results. On one device, and inside of `shard_map`, it is nothing but the call.
+    """
+    if jax.device_count() == 1:
+        return tuple(function(*operands))
+    given = [n for n, x in enumerate(operands) if x is not None]
+    present = [axes[n] for n in given]
+    num_heads, num_kv_heads = (
+        operands[n].shape[axes[n].index(letter)] for n, letter in ((0, "n"), (1, "k"))
+    )
+
+    def of_arrays(*arrays):
+        every = [None] * len(operands)
+        for n, x in zip(given, arrays, strict=True):
+            every[n] = x
+        return tuple(function(*every))
+
+    def partition(mesh, shapes, results):
+        rows, heads = _split(mesh, shapes, present, num_kv_heads)
+        names = {"b": rows, "n": heads, "k": heads}
+        shard = lambda letters: NamedSharding(mesh, PartitionSpec(*map(names.get, letters)))
+        return mesh, of_arrays, tuple(map(shard, result_axes)), tuple(map(shard, present))
+
+    split = custom_partitioning(of_arrays)
+    split.def_partition(
+        partition,
+        decode_shardings=True,
+        sharding_rule=_rule(present, result_axes, num_heads // num_kv_heads),
+    )
+    return split(*(operands[n] for n in given))
+
+
+def foldable(function: Callable, axes: Sequence[str], result_axes: Sequence[str]):
+    """`function`, split over devices as above, and with a rule for `vmap`.
+
+    An axis that is mapped joins b, the leading axis of every operand and result.
+    """
+
+    @custom_vmap
+    def folded(*operands):
+        return split_by_rows_and_heads(function, operands, axes, result_axes)
+
+    @folded.def_vmap
+    def _(size, mapped, *operands):
+        def fold(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = folded(*jax.tree.map(fold, operands, tuple(mapped)))
+        unfolded = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return unfolded, jax.tree.map(lambda _: True, results)
+
+    return folded
+
+
+def _split(mesh, shapes, axes, num_kv_heads):
+    """The mesh axes over which rows and heads are split, as the first operands lie."""
+
+    def spec(operand, letter):
+        sharding = shapes[operand].sharding
+        axis = axes[operand].index(letter)
+        if not isinstance(sharding, NamedSharding) or axis >= len(sharding.spec):
+            return None
+        return sharding.spec[axis]
+
+    def parts(names):
+        names = (names,) if isinstance(names, str) else names or ()
+        product = 1
+        for name in names:
+            product *= mesh.shape[name]
+        return product
+
+    rows, heads = spec(0, "b"), spec(0, "n")
+    if shapes[0].shape[axes[0].index("b")] % parts(rows):
+        rows = None
+    return rows, None if num_kv_heads % parts(heads) else heads
+
+
+def _rule(axes, result_axes, group):
+    """What Shardy is told: which axes of operands and results are the same axis."""
+    whole = []
+
+    def factor(letter):
+        if letter == "b":
+            return "b"
+        if letter in "nk":
+            return CompoundFactor("k", "g") if letter == "n" and group > 1 else "k"
+        whole.append(f"w{len(whole)}")
+        return whole[-1]
+
+    mapping = lambda letters: ArrayMapping(*map(factor, letters))
+    operands, results = tuple(map(mapping, axes)), tuple(map(mapping, result_axes))
+    sizes = {"g": group} if group > 1 else {}
+    return SdyShardingRule(operands, results, need_replication_factors=tuple(whole), **sizes)

@@ -1,0 +1,89 @@
+"""Plain jit on arrays that lie on eight devices: each computes its part, nothing is gathered."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels import attention
+
+# The number of devices is fixed when JAX starts, so eight of them take a process of their own.
+PROGRAM = """
+    import json, sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from kernels import attention
+    from kernels.options import Options
+    from kernels.write_read import write_read
+
+    backend = sys.argv[1]
+    B, T, N, K, H, S = 8, 20, 4, 2, 32, 40
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng()
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+
+    def loss(q, k, v, sinks):
+        z = attention(q, k, v, sinks=sinks, window=9, backend=backend)
+        return (z * jnp.cos(jnp.arange(z.size)).reshape(z.shape)).sum()
+
+    def step(q, k, v, keys, values, cells):
+        options = Options(0.3)
+        arrays = keys, values, None, cells, None, k[:, :1], v[:, :1], q[:, :1], None, None
+        return write_read(*arrays, options=options, backend=backend)
+
+    def case(function, *arrays, specs):
+        want = jax.jit(function)(*arrays)
+        arrays = [put(x, spec) for x, spec in zip(arrays, specs, strict=True)]
+        program = jax.jit(function).lower(*arrays).compile()
+        text = program.as_text()
+        got = program(*arrays)
+        difference = lambda x, y: float(jnp.abs(x - y).max() / jnp.abs(y).max())
+        moves = "all-gather", "all-to-all", "collective-permute"
+        moved = [move for move in moves if move + "(" in text]
+        alike = [
+            x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+            for x, spec in zip(got, specs[3:5] if function is step else specs)
+        ]
+        return max(map(difference, jax.tree.leaves(got), jax.tree.leaves(want))), moved, all(alike)
+
+    q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
+    results = []
+    for spec in (P(("data", "model")), P("data", None, "model")):
+        heads = P(spec[2]) if len(spec) > 2 else P()
+        gradient = jax.grad(loss, (0, 1, 2, 3))
+        results.append(case(gradient, q, k, v, normal(N), specs=(spec, spec, spec, heads)))
+    blocks = normal(B, K, S, H), normal(B, K, S, H)
+    cells = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
+    spec, block = P("data", None, "model"), P("data", "model")
+    specs = (spec,) * 3 + (block,) * 2 + (P("data"),)
+    if backend == "triton_interpret":
+        results.append(case(step, q, k, v, *blocks, cells, specs=specs))
+    print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("backend", ["triton_interpret", "splash_interpret"])
+def test_nothing_is_gathered(backend):
+    x = jnp.zeros((1, 2, 1, 32))
+    try:
+        jax.eval_shape(lambda x: attention(x, x, x, backend=backend), x)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), backend],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for difference, moved, alike in json.loads(result.stdout):
+        assert difference < 1e-5  # float32 rounding
+        assert moved == []
+        assert alike  # results lie as their operands
