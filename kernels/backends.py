@@ -29,6 +29,10 @@ _PACKAGES = {"triton": "jax-triton (pip install unison[cuda])"}
 _logger = logging.getLogger(__name__)
 
 
+class _Refusal(NotImplementedError):
+    """Names the backend that was chosen."""
+
+
 def check_backend(name: str) -> None:
     """Raises ValueError unless `name` is "auto" or one of `BACKENDS`."""
     if name not in ("auto", *BACKENDS):
@@ -54,8 +58,10 @@ def run(name: str, call: Callable):
     if name != "auto":
         try:
             return call(_load(name))
+        except _Refusal:
+            raise
         except NotImplementedError as error:
-            raise NotImplementedError(f"attention backend {name!r}: {error}") from error
+            raise _Refusal(f"attention backend {name!r}: {error}") from error
     reasons = {}
     for candidate in AUTO[platform()]:
         try:
