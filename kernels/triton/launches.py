@@ -3,11 +3,17 @@
 There is no tuning at run time: it would make the numbers of one run differ from those of the next.
 """
 
+import contextlib
+import contextvars
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from kernels.triton.table import TABLE
+
 INTERPRETER = 0  # the architecture that runs the kernels' source on the CPU
+
+_trial = contextvars.ContextVar("triton_trial", default=(None, None))
 
 
 class Launch(NamedTuple):
@@ -17,6 +23,19 @@ class Launch(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+
+
+@contextlib.contextmanager
+def trial(kernel: str, launch: Launch):
+    """Launches one kernel in another way than the table says, to see how it does.
+
+    It is read while tracing: a function that `jit` has traced before keeps its launch.
+    """
+    token = _trial.set((kernel, launch))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
 
 
 def power_of_two(n: int) -> int:
@@ -52,6 +71,9 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
         raise NotImplementedError(f"triton kernels take float32, bfloat16, float16; got {dtype}.")
     if head_size > 256:
         raise NotImplementedError(f"triton kernels take a head size up to 256; got {head_size}.")
+    tried, how = _trial.get()
+    if kernel == tried:
+        return how
     if kernel == "combine":
         return Launch(1, 16, 4, 2)
     if architecture == INTERPRETER:
@@ -61,7 +83,7 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
         raise NotImplementedError(
             f"triton kernels run on compute capability {known}; got {architecture / 10}."
         )
-    return _TABLE[_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)][kernel]
+    return Launch(*TABLE[_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)][kernel])
 
 
 # The family whose entries an architecture uses. Those of 80 fit the smaller shared memory of
@@ -76,35 +98,3 @@ _INTERPRETED = {
     "dkdv": Launch(128, 64, 4, 1),
     "decode": Launch(16, 64, 4, 1),
 }
-
-
-def _entries(*tiles):
-    names = ("forward", "dq", "dkdv", "decode")
-    return {name: Launch(*tile) for name, tile in zip(names, tiles, strict=True)}
-
-
-# (architecture, bits of the dtype, width). The largest tiles that need no stack and no spilled
-# register (tests/kernels/test_triton_compile.py), in the order in which FlashAttention's tables try
-# them; not yet timed on a GPU.
-_TABLE = {
-    (80, 16, 32): _entries((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 4, 2), (16, 64, 4, 3)),
-    (80, 16, 64): _entries((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2), (16, 64, 4, 3)),
-    (80, 16, 128): _entries((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2), (16, 64, 4, 3)),
-    (80, 16, 256): _entries((64, 32, 8, 2), (64, 16, 8, 1), (16, 64, 8, 2), (16, 64, 4, 2)),
-    (90, 16, 32): _entries((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2), (16, 64, 4, 3)),
-    (90, 16, 64): _entries((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2), (16, 64, 4, 3)),
-    (90, 16, 128): _entries((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (16, 64, 4, 3)),
-    (90, 16, 256): _entries((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1), (16, 64, 4, 2)),
-    (100, 16, 32): _entries((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (16, 64, 4, 3)),
-    (100, 16, 64): _entries((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2), (16, 64, 4, 3)),
-    (100, 16, 128): _entries((128, 128, 8, 2), (128, 64, 8, 2), (32, 64, 8, 2), (16, 64, 4, 3)),
-    (100, 16, 256): _entries((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1), (16, 64, 4, 2)),
-}
-# float32 products do not use tensor cores, so all architectures take the same tiles.
-_FLOAT32 = {
-    32: _entries((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 2)),
-    64: _entries((64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 1), (16, 64, 4, 2)),
-    128: _entries((32, 16, 8, 1), (32, 16, 4, 1), (32, 32, 8, 1), (16, 16, 8, 2)),
-    256: _entries((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
-}
-_TABLE |= {(a, 32, w): tiles for a in (80, 90, 100) for w, tiles in _FLOAT32.items()}

@@ -58,9 +58,13 @@ def array_shapes(lowered: jax.stages.Lowered) -> set[tuple[int, ...]]:
     return {tuple(map(int, shape.split("x"))) for shape in shapes}
 
 
-def compiled(lowered: jax.stages.Lowered) -> list[Kernel]:
-    """Assembles the Triton kernels of a function lowered for CUDA, each once, in order of calls."""
-    return [_assemble(*kernel) for kernel in dict.fromkeys(_kernels(lowered))]
+def compiled(lowered: jax.stages.Lowered, name: str | None = None) -> list[Kernel]:
+    """Assembles the Triton kernels of a function lowered for CUDA, each once, in order of calls.
+
+    name: assemble only the kernels of this name; None: all.
+    """
+    kernels = dict.fromkeys(_kernels(lowered))
+    return [_assemble(*kernel) for kernel in kernels if name in (None, kernel[0])]
 
 
 def instructions(kernel: Kernel) -> collections.Counter:
