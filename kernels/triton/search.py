@@ -142,8 +142,13 @@ def main():
     parser.add_argument("--time", type=int, default=0, help="time so many that fit, on this GPU")
     parser.add_argument("--write", action="store_true", help="write kernels/triton/table.py")
     args = parser.parse_args()
-    if args.time and this_architecture() != args.architecture:
-        parser.error(f"--time: this GPU is of architecture {this_architecture()}.")
+    if args.time:
+        try:
+            here = this_architecture()
+        except NotImplementedError as error:
+            parser.error(f"--time: {error}")
+        if here != args.architecture:
+            parser.error(f"--time: this GPU is of architecture {here}.")
     entries = {key: dict(row) for key, row in table.TABLE.items()}
     for width, kernel in itertools.product(args.width, args.kernel):
         print(f"sm_{args.architecture} {args.dtype} width {width} {kernel}")

@@ -169,10 +169,10 @@ def test_queries_wider_than_keys(backend):
 
 
 def test_documents_packed_in_a_row_equal_documents_apart(backend):
-    lengths = [13, 1, 30, 6]
+    lengths = [17, 16, 17]
     arrays = {n: x[:1] for n, x in small_problem(50, 50).items()}
     cast = lambda arrays: {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
-    ids = np.repeat([7, 2, 9, 3], lengths)[None]  # in no order
+    ids = np.repeat([7, 2, 9], lengths)[None]  # in no order
     packed = attention(**cast(arrays), segments=ids, backend=backend)
     pair = attention(**cast(arrays), segments=(ids, ids), backend=backend)
     np.testing.assert_array_equal(packed, pair)

@@ -43,10 +43,10 @@ def backend(request):
 def test_a_training_step_equals_that_of_xla(backend):
     """Packed documents; loss, gradient norm, and every parameter after the step."""
     rng = np.random.default_rng()
-    tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, 2, 70), dtype=np.int32)
-    cells = np.arange(70, dtype=np.int32)
-    positions = np.stack([np.where(cells < cut, cells, cells - cut) for cut in (31, 50)])
-    batch = Batch(tokens, targets, positions, np.ones((2, 70), np.float32))
+    tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, 2, 45), dtype=np.int32)
+    cells = np.arange(45, dtype=np.int32)
+    positions = np.stack([np.where(cells < cut, cells, cells - cut) for cut in (14, 33)])
+    batch = Batch(tokens, targets, positions, np.ones((2, 45), np.float32))
     optimizer = make_optimizer(OptimizerConfig("adamw", warmup_steps=1), 9)
 
     def step(attention):

@@ -11,16 +11,10 @@ from kernels.write_read import write_read
 
 B, L, S, N, K, H = 2, 3, 24, 4, 2, 32
 LAYOUTS = {"": None, "B": None, "L": 1, "BL": 2}  # axes in front of [K, S, H]: the layer that runs
-
-
-@pytest.fixture(params=["xla", "triton_interpret", "splash_interpret"])
-def backend(request):
-    x = jnp.zeros((1, 2, 1, 32))
-    try:
-        jax.eval_shape(lambda x: attention(x, x, x, backend=request.param), x)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    return request.param
+# splash has no way of its own to run one token, so blocks do not meet it as they lie.
+CASES = [(b, x) for b in ("xla", "triton_interpret") for x in LAYOUTS] + [
+    ("splash_interpret", "BL")
+]
 
 
 def expected(keys, values, layer, position, k, v, q, options):
@@ -41,9 +35,14 @@ def expected(keys, values, layer, position, k, v, q, options):
     return keys, values, z
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("backend", "layout"), CASES)
 @pytest.mark.parametrize(("T", "window"), [(1, None), (1, S), (5, None), (5, S)])
 def test_writes_and_reads_like_the_formula(backend, layout, T, window):
+    x = jnp.zeros((1, 2, 1, 32))
+    try:
+        jax.eval_shape(lambda x: attention(x, x, x, backend=backend), x)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
     rng = np.random.default_rng()
     rows = B if "B" in layout else 1
     shape = ((B,) if "B" in layout else ()) + ((L,) if "L" in layout else ()) + (K, S, H)
