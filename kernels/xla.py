@@ -18,6 +18,8 @@ from kernels.options import Options
 
 QUERY_ROWS = 256
 KEY_TILE = 256
+# One query only reads: large tiles come nearer to the speed of memory, small ones end closer to it.
+READ_TILE, LARGE_READ_TILE = 128, 1024
 # Stands for -inf: finite, so that the difference of two masked maxima is 0 and not nan.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -93,17 +95,18 @@ def forward(
     They are read tile by tile, so no copy is made.
     """
     num_kv_heads, num_cells = keys.shape[-3:-1]
-    masking = _Masking(options, num_cells, kv_positions, alibi, num_kv_heads)
+    tiles = (READ_TILE, LARGE_READ_TILE) if q.shape[1] == 1 else (KEY_TILE, None)
+    masking = _Masking(options, num_cells, kv_positions, alibi, num_kv_heads, *tiles)
 
     def read(query):
-        def step(tile, state):
+        def step(begin, size, state):
             peak, total, mixed = state
-            start = masking.start(tile)
-            scores, visible, _ = masking.scores(query, masking.slice(keys, layer, start), tile)
+            key = masking.slice(keys, layer, begin, size)
+            scores, visible, _ = masking.scores(query, key, begin)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.where(visible, jnp.exp(scores - new_peak[..., None]), 0)
             shrink = jnp.exp(peak - new_peak)
-            value = masking.slice(values, layer, start)
+            value = masking.slice(values, layer, begin, size)
             mixed = mixed * shrink[..., None] + _dot("bktgs,bksh->bktgh", weights, value)
             return new_peak, total * shrink + weights.sum(-1), mixed
 
@@ -150,25 +153,24 @@ def _backward(options, operands, z, lse, dz, dlse):
     """Gradients by recomputing the weights from the log-sum-exp, tile by tile."""
     q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi = operands
     num_kv_heads = keys.shape[1]
-    masking = _Masking(options, keys.shape[2], kv_positions, alibi, num_kv_heads)
+    masking = _Masking(options, keys.shape[2], kv_positions, alibi, num_kv_heads, KEY_TILE)
     dtype = _accumulator(q)
     # d loss / d score = weight * (d loss / d weight - delta); the log-sum-exp's own cotangent
     # enters the same way, since d lse / d score = weight.
     delta = jnp.einsum("btnh,btnh->btn", z, dz, preferred_element_type=dtype) - dlse
 
     def read(gradients, query):
-        def step(tile, state):
+        def step(begin, size, state):
             dq, dkeys, dvalues = state
-            start = masking.start(tile)
-            key, value = masking.slice(keys, None, start), masking.slice(values, None, start)
-            scores, visible, slope = masking.scores(query, key, tile)
+            key, value = (masking.slice(x, None, begin, size) for x in (keys, values))
+            scores, visible, slope = masking.scores(query, key, begin)
             weights = jnp.where(visible, jnp.exp(scores - query["lse"][..., None]), 0)
             dweights = _dot("bktgh,bksh->bktgs", query["dz"], value)
             dscores = weights * (dweights - query["delta"][..., None]) * options.scale
             if slope is not None:
                 dscores = dscores * slope
-            dvalues = masking.add(dvalues, start, _dot("bktgs,bktgh->bksh", weights, query["dz"]))
-            dkeys = masking.add(dkeys, start, _dot("bktgs,bktgh->bksh", dscores, query["q"]))
+            dvalues = masking.add(dvalues, begin, _dot("bktgs,bktgh->bksh", weights, query["dz"]))
+            dkeys = masking.add(dkeys, begin, _dot("bktgs,bktgh->bksh", dscores, query["q"]))
             return dq + _dot("bktgs,bksh->bktgh", dscores, key), dkeys, dvalues
 
         zero = jnp.zeros(query["q"].shape, dtype)
@@ -196,37 +198,40 @@ def _backward(options, operands, z, lse, dz, dlse):
 class _Masking:
     """Which tiles of keys a tile of queries sees, and the masked scores of one such tile."""
 
-    def __init__(self, options, num_cells, kv_positions, alibi, num_kv_heads):
+    def __init__(self, options, num_cells, kv_positions, alibi, num_kv_heads, size, large=None):
+        """`size` and `large`: cells of a tile, and of the tiles that most of a long range takes."""
         self.options = options
         self.num_cells = num_cells
-        self.size = min(num_cells, KEY_TILE)
+        self.size = min(num_cells, size)
+        self.large = large if large and large < num_cells else None
         self.num_tiles = -(-num_cells // self.size)
         self.kv_positions = kv_positions
         self.slopes = None if alibi is None else _grouped_heads(alibi, num_kv_heads)[..., None]
 
-    def start(self, tile):
-        """First cell of a tile; the last tile is moved back to end with the block."""
-        return jnp.minimum(tile * self.size, self.num_cells - self.size)
+    def start(self, begin, size):
+        """First cell of the tile for the cells from `begin`; the last one ends with the block."""
+        return jnp.minimum(begin, self.num_cells - size)
 
-    def slice(self, blocks, layer, start):
+    def slice(self, blocks, layer, begin, size):
         """One tile [B, K, size, H] of blocks, of the given layer where they are stacked."""
         batched = is_batched(blocks, layer)
-        if layer is None and self.num_tiles == 1:
+        if layer is None and size == self.num_cells:
             return blocks if batched else blocks[None]
-        at = corner(0 if batched else None, layer, start)
+        at = corner(0 if batched else None, layer, self.start(begin, size))
         K, _, H = blocks.shape[-3:]
         front = (*blocks.shape[:batched], *(() if layer is None else (1,)))
-        tile = jax.lax.dynamic_slice(blocks, at, (*front, K, self.size, H))
-        return tile.reshape(-1, K, self.size, H)
+        return jax.lax.dynamic_slice(blocks, at, (*front, K, size, H)).reshape(-1, K, size, H)
 
-    def add(self, block, start, tile):
+    def add(self, block, begin, tile):
         """Adds a tile of gradient [B, K, size, H] to a block's [B, K, S, H]."""
-        if self.num_tiles == 1:
+        size = tile.shape[2]
+        if size == self.num_cells:
             return block + tile
-        old = jax.lax.dynamic_slice_in_dim(block, start, self.size, 2)
+        start = self.start(begin, size)
+        old = jax.lax.dynamic_slice_in_dim(block, start, size, 2)
         return jax.lax.dynamic_update_slice_in_dim(block, old + tile, start, 2)
 
-    def scores(self, query, key, tile):
+    def scores(self, query, key, begin):
         """Scores [B, K, T, G, size], which of them are visible, and the soft cap's slope."""
         options = self.options
         scores = _scores(query["q"], key) * options.scale
@@ -234,28 +239,38 @@ class _Masking:
         if options.soft_cap is not None:
             bent = jnp.tanh(scores / options.soft_cap)
             scores, slope = bent * options.soft_cap, 1 - bent**2
-        start = self.start(tile)
-        cells = start + jnp.arange(self.size)
+        size = key.shape[2]
+        start = self.start(begin, size)
+        cells = start + jnp.arange(size)
         positions = cells[None]
         if self.kv_positions is not None:
-            positions = jax.lax.dynamic_slice_in_dim(self.kv_positions, start, self.size, 1)
+            positions = jax.lax.dynamic_slice_in_dim(self.kv_positions, start, size, 1)
         distance = query["positions"][:, :, None] - positions[:, None, :]
         first = 0 if query["starts"] is None else jnp.maximum(query["starts"], 0)[:, :, None]
         visible = (distance >= 0) & (positions[:, None, :] >= first)
         if options.window is not None:
             visible &= distance < options.window
         if self.num_cells % self.size:  # cells that the tile before has read already
-            visible &= cells >= tile * self.size
+            visible &= cells >= begin
         if self.slopes is not None:
             scores -= self.slopes * distance[:, None, :, None, :]
         visible = visible[:, None, :, None, :]
         return jnp.where(visible, scores, MASKED), visible, slope
 
     def loop(self, query, step, state):
-        """Runs `step(tile, state)` over the tiles that some query of the tile sees."""
-        if self.num_tiles == 1:
-            return step(0, state)
-        return jax.lax.fori_loop(*self._range(query), step, state)
+        """Runs `step(begin, size, state)` over the tiles that some query of the tile sees."""
+        if self.num_tiles == 1 and query["q"].shape[2] > 1:
+            return step(0, self.size, state)
+        # One query loops over a single tile too: outside a loop XLA copies the block just written.
+        first, stop = self._range(query)
+        if self.large:
+            ratio = self.large // self.size
+            count = (stop - first) // ratio
+            begin, first = first * self.size, first + count * ratio
+            large = lambda n, state: step(begin + n * self.large, self.large, state)
+            state = jax.lax.fori_loop(0, count, large, state)
+        small = lambda n, state: step(n * self.size, self.size, state)
+        return jax.lax.fori_loop(first, stop, small, state)
 
     def _range(self, query):
         """The first tile that is seen, and the one after the last."""

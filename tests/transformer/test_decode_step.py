@@ -10,11 +10,10 @@ import pytest
 from transformer.config import Config
 from transformer.program import init_cache, init_params, program
 
-CAPACITY = 1024
-CONFIG = Config(vocab_size=101, max_length=CAPACITY, num_layers=2, width=48, num_heads=3)
+CONFIG = Config(vocab_size=101, max_length=4096, num_layers=2, width=48, num_heads=3)
 
 
-def decode_loop(config, batch):
+def decode_loop(config, capacity, batch):
     """The compiled text of a loop that generates greedily into a cache it owns."""
     f = program(config)
 
@@ -27,7 +26,7 @@ def decode_loop(config, batch):
 
         return jax.lax.scan(step, (cache, token, i), length=16)
 
-    cache = init_cache(config, CAPACITY)
+    cache = init_cache(config, capacity)
     token = i = jnp.int32(0)
     if batch:
         generate = jax.vmap(generate, in_axes=(None, 0, 0, 0))
@@ -55,15 +54,25 @@ HARMLESS = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-updat
 
 
 @pytest.mark.parametrize("batch", [None, 3], ids=["one", "batch"])
-@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("window", [None, 900], ids=["all", "window"])
-def test_no_scatter_and_no_copy_of_a_block(batch, scanned, window):
+@pytest.mark.parametrize(
+    ("capacity", "window", "scanned"),
+    [
+        (4096, None, False),
+        (4096, None, True),
+        (4096, 3500, False),
+        (4096, 3500, True),
+        (128, None, False),
+        (4096, 128, False),
+    ],
+    ids=["all", "all-scanned", "ring", "ring-scanned", "one-tile", "one-tile-ring"],
+)
+def test_no_scatter_and_no_copy_of_a_block(batch, capacity, window, scanned):
     config = CONFIG.replace(scan_layers=scanned, window=window)
-    text = decode_loop(config, batch)
+    text = decode_loop(config, capacity, batch)
     opcodes = {opcode for opcode, _ in operations(text, 1)}
     assert {"while", "dynamic-update-slice"} <= opcodes | set(re.findall(r"\) (while)\(", text))
     assert not {opcode for opcode in opcodes if "scatter" in opcode}
-    block = CONFIG.num_kv_heads * (window or CAPACITY) * CONFIG.head_size
+    block = CONFIG.num_kv_heads * (window or capacity) * CONFIG.head_size
     moved = [
         (opcode, name)
         for opcode, name in operations(text, block)
