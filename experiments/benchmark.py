@@ -10,6 +10,7 @@ Each figure is the median of repeated runs after one that does not count; compil
 
 import datetime
 import json
+import pathlib
 import platform
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from absl import flags
 
 from experiments import cli
 
+PEER = pathlib.Path(__file__).parent / "peers" / "transformers_gpt2.py"
 SUITES = ("train", "prefill", "decode", "capacity", "compile")
 _SUITE = flags.DEFINE_list("suite", ["train", "prefill", "decode"], f"Of {', '.join(SUITES)}.")
 _PRESET = flags.DEFINE_string("preset", "gpt2", "Shape of the model; see transformer.presets.")
@@ -87,7 +89,7 @@ def _row(figure, limits):
 def _add_peer(rows, suite):
     """Runs one suite of the peer and notes its rates beside ours."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [_PEER.value, "-m", "experiments.peers.transformers_gpt2"]
+        command = [_PEER.value, str(PEER)]
         options = [f"--cases={suite}", f"--json={file.name}", f"--repeats={_REPEATS.value}"]
         with cli.user_errors(OSError, subprocess.CalledProcessError):
             subprocess.run(command + options, check=True, stdout=subprocess.DEVNULL)

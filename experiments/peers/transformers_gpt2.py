@@ -1,11 +1,14 @@
 """GPT-2 124M in torch and transformers, eager: what `experiments.benchmark` is compared with.
 
     pip install -r experiments/peers/requirements.txt
-    python -m experiments.peers.transformers_gpt2 --json=peer.json
+    python experiments/peers/transformers_gpt2.py --json=peer.json
 
 Same shapes and the same work as `python -m experiments.benchmark --preset=gpt2`: a training step of
 4 x 256 tokens with AdamW, prefill of 512 tokens with all logits, and decoding with the cache after
 512 tokens at batch 1 and 8. Random weights; the time does not depend on them.
+
+Run it by its path, not with -m: transformers would take this project's `kernels` for a library of
+the same name that it uses when it finds it.
 """
 
 import json
