@@ -1,7 +1,8 @@
 """Completions of prompts: the prompts run in chunks, then one token at a time, as a batch.
 
-Both phases are compiled once for a batch size and a capacity, which is a power of two: the lengths
-of the prompts, the number of new tokens and the way of sampling are data.
+Both phases are compiled once for a batch size and a capacity, of which there are two between one
+power of two and the next: the lengths of the prompts, the number of new tokens and the way of
+sampling are data.
 """
 
 import functools
@@ -159,11 +160,17 @@ def stream(
     )
 
 
+def capacity_for(num_tokens: int) -> int:
+    """Cells of the cache that sequences of so many tokens get: 2^n or 3/4 of it, at least 256."""
+    capacity = _power_of_two(num_tokens, MIN_CAPACITY)
+    return max(MIN_CAPACITY, capacity * 3 // 4 if num_tokens <= capacity * 3 // 4 else capacity)
+
+
 def _stream(f, model, rows, sampling, keys, stop_texts, stop_tokens, max_new_tokens, every):
     params = model.params
     if model.config.compute_dtype != jnp.float32:
         params = _cast(model.config, params)
-    capacity = _power_of_two(max(map(len, rows)) + max_new_tokens, MIN_CAPACITY)
+    capacity = capacity_for(max(map(len, rows)) + max_new_tokens)
     tokens = np.stack([np.pad(row, (0, capacity - len(row))) for row in rows])
     last = np.array([len(row) - 1 for row in rows], np.int32)
     num_chunks = np.int32(-(-last.max() // PREFILL_CHUNK))

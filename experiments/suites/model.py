@@ -7,6 +7,7 @@ import numpy as np
 from experiments.suites.timing import Figure, compiled, timed
 from transformer.config import Config
 from transformer.data import Batch
+from transformer.generate import capacity_for
 from transformer.optimizer import OptimizerConfig, make_optimizer
 from transformer.program import init_cache, init_params, program
 from transformer.schedule import run
@@ -54,7 +55,8 @@ def prefill(config: Config, repeats: int):
 def decode(config: Config, repeats: int):
     """32 tokens, one after the other, behind a prompt of 512; one sequence, and eight."""
     for batch in (1, 8):
-        yield _decode(config, f"after {PROMPT}, batch {batch}", batch, 2 * PROMPT, PROMPT, repeats)
+        size = capacity_for(PROMPT + NEW)
+        yield _decode(config, f"after {PROMPT}, batch {batch}", batch, size, PROMPT, repeats)
 
 
 def capacity(config: Config, repeats: int):
