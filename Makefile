@@ -13,10 +13,10 @@ demo: .venv/installed
 		--prompt='def __init__(self' --prompt='class ' --max_new_tokens=120 --temperature=0.7
 	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
 
-test: .venv/installed
+test: .venv/tests-installed
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-lint: .venv/installed
+lint: .venv/tests-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
@@ -27,5 +27,13 @@ clean:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer, please: make PYTHON=..."'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The GPU kernels are compiled and lowered without a GPU: that takes Triton, and of JAX's plugin for
+# CUDA its compiler, but none of the CUDA libraries that the plugin depends on.
+.venv/tests-installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	if [ "$$(uname)" = Linux ]; then $(BIN)/python -m pip install --quiet --no-deps \
+		jax-cuda13-plugin==$$($(BIN)/python -c 'import jax; print(jax.__version__)'); fi
 	touch $@
