@@ -7,9 +7,7 @@ sampling are data.
 
 import functools
 import operator
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -18,12 +16,13 @@ import numpy as np
 from flax import struct
 
 from transformer.cache import Cache
+from transformer.completion import Completion, Piece, Writer
 from transformer.experts import Experts
 from transformer.layers import Linear
 from transformer.program import Params, init_cache, program
+from transformer.prompts import prompt_keys, prompt_tokens, stop_conditions
 from transformer.sampling import Sampling, sample
-from transformer.schedule import check_tokens, parallel
-from transformer.tokenizer import IncrementalDecoder
+from transformer.schedule import parallel
 
 PREFILL_CHUNK = 64  # prompt tokens that run at once
 BLOCK = 32  # new tokens at most between two looks at them
@@ -31,36 +30,6 @@ MIN_CAPACITY = 256
 MIN_STOP_TOKENS = 8
 
 _program = functools.cache(program)  # one f for one config, so that jit knows it again
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model wrote after a prompt.
-
-    text: the tokens decoded, without what stopped it.
-    tokens: ids of all new tokens; the last one is, or completes, what stopped it, if anything did.
-    logprobs: the model's log-probability of each token, before temperature and filters.
-    finish_reason: "stop" or "length".
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next piece of a completion.
-
-    index: of the prompt.
-    text: what is new, in whole characters.
-    completion: the whole, with the last piece only.
-    """
-
-    index: int
-    text: str
-    completion: Completion | None = None
 
 
 def generate(
@@ -153,11 +122,10 @@ def stream(
         raise ValueError(f"seed={seed}; it is 0 or more.")
     if not 1 <= every <= BLOCK:
         raise ValueError(f"every={every}; it is between 1 and {BLOCK}.")
-    rows = _prompt_tokens(config, tokenizer, prompts, max_new_tokens)
-    stop_texts, stop_tokens = _stops(config, tokenizer, stop)
-    return _stream(
-        f, model, rows, sampling, _keys(rows, seed), stop_texts, stop_tokens, max_new_tokens, every
-    )
+    rows = prompt_tokens(config, tokenizer, prompts, max_new_tokens)
+    stop_texts, stop_tokens = stop_conditions(config, tokenizer, stop)
+    keys = prompt_keys(rows, seed)
+    return _stream(f, model, rows, sampling, keys, stop_texts, stop_tokens, max_new_tokens, every)
 
 
 def capacity_for(num_tokens: int) -> int:
@@ -179,7 +147,7 @@ def _stream(f, model, rows, sampling, keys, stop_texts, stop_tokens, max_new_tok
     stop_ids = np.full(_power_of_two(len(stop_tokens), MIN_STOP_TOKENS), -1, np.int32)
     stop_ids[: len(stop_tokens)] = sorted(stop_tokens)
 
-    writers = [_Writer(model.tokenizer, stop_texts, stop_tokens, max_new_tokens) for _ in rows]
+    writers = [Writer(model.tokenizer, stop_texts, stop_tokens, max_new_tokens) for _ in rows]
     running = np.ones(len(rows), bool)
     left = max_new_tokens
     while running.any():
@@ -280,112 +248,6 @@ def _decode(f, params, state, running, sampling, stop_ids, steps):
         unfinished, advance, (jnp.int32(0), state, running, *tokens)
     )
     return state, *drawn
-
-
-class _Writer:
-    """Makes a completion of tokens that come one by one; `completion` is None until it is whole."""
-
-    def __init__(self, tokenizer, stop_texts, stop_tokens, max_new_tokens):
-        self.completion = None
-        self._decoder = IncrementalDecoder(tokenizer)
-        self._stop_texts, self._stop_tokens = stop_texts, stop_tokens
-        self._max_new_tokens = max_new_tokens
-        self._text, self._tokens, self._logprobs = "", [], []
-        self._held = ""  # may be the beginning of a stop text
-
-    def push(self, token: int, logprob: float) -> str:
-        """Takes the next token and returns the text that is now certain."""
-        if not np.isfinite(logprob):
-            raise FloatingPointError(
-                f"the logits of new token {len(self._tokens)} are not finite; "
-                "the model's parameters are damaged, or its training diverged."
-            )
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        if token in self._stop_tokens:
-            return self._finish(self._held + self._decoder.finish(), "stop")
-        text = self._held + self._decoder.push(token)
-        found = [text.find(stop) for stop in self._stop_texts if stop in text]
-        if found:
-            return self._finish(text[: min(found)], "stop")
-        if len(self._tokens) == self._max_new_tokens:
-            return self._finish(text + self._decoder.finish(), "length")
-        certain = len(text) - _overlap(text, self._stop_texts)
-        self._held = text[certain:]
-        self._text += text[:certain]
-        return text[:certain]
-
-    def _finish(self, text, reason):
-        self.completion = Completion(self._text + text, self._tokens, self._logprobs, reason)
-        return text
-
-
-def _overlap(text: str, stops) -> int:
-    """How many characters at the end of the text are the beginning of a stop text, at most."""
-    sizes = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(sizes, default=0)
-
-
-def _prompt_tokens(config, tokenizer, prompts, max_new_tokens):
-    """Checks the prompts and returns the token ids of each, int32 [T]."""
-    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
-        raise TypeError(f"prompts={prompts!r}; give a list of prompts, also for a single one.")
-    if not len(prompts):
-        raise ValueError("prompts is empty; give at least one prompt.")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)] if prompt else []
-        else:
-            tokens = prompt
-        tokens = np.asarray(tokens)
-        if not tokens.size:
-            raise ValueError(
-                f"prompt {index} is empty; for text out of nothing, give the ids "
-                f"[tokenizer.end_of_document], which is [{tokenizer.end_of_document}]."
-            )
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise TypeError(
-                f"prompt {index} is {prompt!r}; a prompt is a text or a list of token ids, "
-                "and prompts is a list of prompts."
-            )
-        _check_tokens(f"prompt {index}", tokens, config)
-        if len(tokens) + max_new_tokens > config.max_length:
-            raise ValueError(
-                f"prompt {index} has {len(tokens)} tokens, and with max_new_tokens="
-                f"{max_new_tokens} exceeds the model's max_length={config.max_length}; shorten the "
-                "prompt or ask for fewer tokens."
-            )
-        rows.append(tokens.astype(np.int32))
-    return rows
-
-
-def _check_tokens(place, tokens, config):
-    try:
-        check_tokens(tokens, config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-
-
-def _stops(config, tokenizer, stop):
-    """Checks what stops a completion: texts, and token ids with the end of a document."""
-    stop = [stop] if isinstance(stop, str | int) else list(stop)
-    texts = [x for x in stop if isinstance(x, str)]
-    if "" in texts:
-        raise ValueError("stop holds an empty text, which is everywhere; remove it.")
-    tokens = [operator.index(x) for x in stop if not isinstance(x, str)]
-    _check_tokens("stop", tokens, config)
-    return texts, {tokenizer.end_of_document, *tokens}
-
-
-def _keys(rows, seed):
-    """A random key for each row, as data uint32 [B, 2]."""
-    seen, keys = {}, []
-    for row in rows:
-        prompt = zlib.crc32(row.tobytes())
-        copy = seen[prompt] = seen.get(prompt, -1) + 1
-        keys.append(np.random.SeedSequence([seed, prompt, copy]).generate_state(2))
-    return np.stack(keys)
 
 
 def _power_of_two(n, minimum):

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from transformer.completion import Writer
 from transformer.config import Config
-from transformer.generate import _cast, _decode, _prefill, _State, _Writer, generate, stream
+from transformer.generate import _cast, _decode, _prefill, _State, generate, stream
 from transformer.layers import Linear
 from transformer.model import Model, score
 from transformer.program import init_cache, init_params, program
@@ -244,7 +245,7 @@ def test_pieces_join_to_what_comes_before_the_first_stop(text, stops, tail):
     data = text.encode() + tail
     if not data:
         return
-    writer = _Writer(TOKENIZER, stops, {END}, len(data))
+    writer = Writer(TOKENIZER, stops, {END}, len(data))
     pieces, pushed = [], 0
     for token in data:
         pieces.append(writer.push(token, -1.0))
