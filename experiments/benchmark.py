@@ -1,11 +1,13 @@
 """How fast it is, against the limits of the machine and against a peer, measured in one run.
 
     python -m experiments.benchmark --suite=train,prefill,decode --preset=gpt2
+    python -m experiments.benchmark --suite=attention,decode_attention,train,generate
     python -m experiments.benchmark --suite=... --json=FILE --plot=FILE
     python -m experiments.benchmark --peer=PYTHON    also the same cases in torch and transformers,
                                                      run by the Python that has them installed
 
-Each figure is the median of repeated runs after one that does not count; compiling is apart.
+Each figure is the median of repeated runs after one that does not count; compiling is apart. The
+suites of attention hold every kernel against float64 on the same inputs before they time it.
 """
 
 import datetime
@@ -20,8 +22,11 @@ from absl import flags
 from experiments import cli
 
 PEER = pathlib.Path(__file__).parent / "peers" / "transformers_gpt2.py"
-SUITES = ("train", "prefill", "decode", "capacity", "compile")
-_SUITE = flags.DEFINE_list("suite", ["train", "prefill", "decode"], f"Of {', '.join(SUITES)}.")
+PEER_SUITES = ("train", "prefill", "decode")
+MODEL_SUITES = (*PEER_SUITES, "generate", "capacity", "compile")
+KERNEL_SUITES = ("attention", "decode_attention")
+SUITES = (*MODEL_SUITES, *KERNEL_SUITES)
+_SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Of {', '.join(SUITES)}.")
 _PRESET = flags.DEFINE_string("preset", "gpt2", "Shape of the model; see transformer.presets.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each case.", lower_bound=1)
 _PEER = flags.DEFINE_string("peer", None, "A Python with torch and transformers, to compare with.")
@@ -43,47 +48,47 @@ def main(argv):
 
     import jax
 
-    from experiments.suites import model, timing
+    from experiments.suites import report, timing
 
     config = presets[_PRESET.value]
+    if jax.default_backend() != "cpu":
+        config = config.replace(dtype="bfloat16")
     limits = timing.measure_limits(config.compute_dtype)
+    print(f"{jax.devices()[0].device_kind}: {limits}", flush=True)
     rows = []
     for name in _SUITE.value:
-        for figure in getattr(model, name)(config, _REPEATS.value):
-            rows.append(_row(figure, limits))
-            print(f"{figure.suite} {figure.case}: {rows[-1]['tokens_per_second']:.1f} tokens/s")
-        if _PEER.value and name in ("train", "prefill", "decode"):
+        for figure in _figures(name, config):
+            rows.append(report.row(figure, limits))
+            print(report.line(rows[-1]), flush=True)
+        if _PEER.value and name in PEER_SUITES:
             _add_peer(rows, name)
-    report = {
+    figures = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
         "jax": jax.__version__,
         "preset": _PRESET.value,
         "dtype": config.dtype,
-        "limits": {"bytes_per_second": limits.bandwidth, "flops_per_second": limits.flops},
+        "limits": vars(limits),
         "rows": rows,
     }
     if _JSON.value:
         with open(_JSON.value, "w") as file:
-            json.dump(report, file, indent=1)
+            json.dump(figures, file, indent=1)
     if _PLOT.value:
-        plot(report, _PLOT.value)
-    print_table(report)
+        report.plot(figures, _PLOT.value)
+    report.print_tables(figures, limits)
 
 
-def _row(figure, limits):
-    return {
-        "suite": figure.suite,
-        "case": figure.case,
-        "tokens_per_second": figure.tokens / figure.median,
-        "slowest": figure.tokens / figure.seconds[-1],
-        "fastest": figure.tokens / figure.seconds[0],
-        "compile_seconds": figure.compile_seconds,
-        "flops": figure.flops,
-        "bytes": figure.bytes,
-        "share_of_limit": figure.share(limits),
-    }
+def _figures(name, config):
+    """Runs one suite: an iterator of its figures."""
+    if name in MODEL_SUITES:
+        from experiments.suites import model
+
+        return getattr(model, name)(config, _REPEATS.value)
+    from experiments.suites import attention
+
+    return getattr(attention, name)(_REPEATS.value)
 
 
 def _add_peer(rows, suite):
@@ -99,62 +104,6 @@ def _add_peer(rows, suite):
         if rate:
             row["peer_tokens_per_second"] = rate["tokens_per_second"]
             row["ratio"] = row["tokens_per_second"] / rate["tokens_per_second"]
-
-
-def print_table(report):
-    """Prints the figures as a table for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    limits = report["limits"]
-    table = Table(
-        title=f"{report['preset']}, {report['dtype']}, {report['device']}: reads "
-        f"{limits['bytes_per_second'] / 1e9:.0f} GB/s, multiplies "
-        f"{limits['flops_per_second'] / 1e12:.2g} TFLOP/s"
-    )
-    headings = (
-        "case",
-        "tokens/s",
-        "slowest to fastest",
-        "of the limit",
-        "compile s",
-        "peer",
-        "ratio",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for row in report["rows"]:
-        table.add_row(
-            f"{row['suite']} {row['case']}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['slowest']:.1f} to {row['fastest']:.1f}",
-            f"{row['share_of_limit']:.0%}",
-            f"{row['compile_seconds']:.1f}",
-            f"{row['peer_tokens_per_second']:.1f}" if "ratio" in row else "-",
-            f"x {row['ratio']:.2f}" if "ratio" in row else "-",
-        )
-    Console().print(table)
-
-
-def plot(report, path):
-    """Writes a bar chart of the rates, the peer's beside ours where there is one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = report["rows"]
-    figure, axes = plt.subplots(1, len(rows), figsize=(2.2 * len(rows) + 1, 3.5), squeeze=False)
-    for axis, row in zip(axes[0], rows, strict=True):
-        names = ["Unison"] + (["peer"] if "ratio" in row else [])
-        rates = [row["tokens_per_second"], row.get("peer_tokens_per_second")][: len(names)]
-        axis.bar(names, rates, color=["tab:blue", "tab:gray"][: len(names)])
-        axis.set_title(f"{row['suite']}\n{row['case']}", fontsize=9)
-    axes[0][0].set_ylabel("tokens/s")
-    figure.suptitle(f"{report['preset']}, {report['dtype']}, {report['device']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

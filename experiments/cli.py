@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags
@@ -49,6 +49,21 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Prints one line to stderr and ends the program."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table; its first column names the rows, the others are figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, console.measure(table).maximum)  # a log has no right edge
+    console.print(table)
 
 
 def _text(error):

@@ -6,13 +6,12 @@ Each case is first held against float64, and then timed.
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.suites.timing import Figure, compiled, timed
+from experiments.suites.timing import Figure, KernelFigure, compiled, timed
 from kernels import attention as attend
 from kernels import reference
 from kernels.options import Options
@@ -20,18 +19,6 @@ from kernels.write_read import write_read
 
 BACKENDS = ("triton", "cudnn", "splash", "xla")
 CHECKED = 64  # queries that float64 looks at: all keys of each, but no array of all by all
-
-
-@dataclass(frozen=True)
-class KernelFigure(Figure):
-    """A figure of one kernel.
-
-    kernel: the backend, or the rival. error: the largest difference from float64, in units of the
-    largest value.
-    """
-
-    kernel: str
-    error: float
 
 
 def attention(repeats: int):
@@ -201,7 +188,6 @@ def _measured(figure, kernel, call, got, want, compile_seconds, repeats, calls):
         **(
             vars(figure)
             | {
-                "case": f"{figure.case}, {kernel}",
                 "seconds": timed(several, repeats),
                 "compile_seconds": compile_seconds,
             }

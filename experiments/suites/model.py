@@ -1,5 +1,8 @@
 """Suites of a whole model: a training step, prefill, decoding, and what they cost to compile."""
 
+import time
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +11,20 @@ from experiments.suites.timing import Figure, compiled, timed
 from transformer.config import Config
 from transformer.data import Batch
 from transformer.generate import capacity_for
+from transformer.generate import generate as complete
+from transformer.model import Model
 from transformer.optimizer import OptimizerConfig, make_optimizer
 from transformer.program import init_cache, init_params, program
 from transformer.schedule import run
+from transformer.tokenizer import byte_tokenizer
 from transformer.train import flops_per_token, init_state, make_train_step
 
 PROMPT, NEW = 512, 32  # tokens before decoding begins, and tokens decoded
 
 
 def train(config: Config, repeats: int):
-    """A training step with AdamW on a batch of 4 x 256 tokens."""
-    rows, length = 4, 256
+    """A training step with AdamW, on 4 x 256 tokens on a CPU and 32 x 1024 on anything else."""
+    rows, length = (4, 256) if jax.default_backend() == "cpu" else (32, 1024)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (2, rows, length), dtype=np.int32)
     batch = Batch(tokens[0], tokens[1], None, np.ones((rows, length), np.float32))
@@ -59,6 +65,22 @@ def decode(config: Config, repeats: int):
         yield _decode(config, f"after {PROMPT}, batch {batch}", batch, size, PROMPT, repeats)
 
 
+def generate(config: Config, repeats: int):
+    """`transformer.generate` as a user calls it: prompts of 512 tokens and 32 new ones, in all."""
+    model = Model(config, _params(config), byte_tokenizer())
+    for batch in (1, 8):
+        prompts = np.split(np.asarray(_tokens(config, batch * PROMPT)), batch)
+        call = partial(complete, model, prompts, max_new_tokens=NEW, temperature=0)
+        begin = time.perf_counter()
+        drawn = [len(completion.tokens) for completion in call()]  # some may end a document
+        first = time.perf_counter() - begin
+        times = timed(call, repeats)
+        flops = (batch * PROMPT + sum(drawn)) * flops_per_token(config, PROMPT) / 3
+        moved = max(drawn) * _step_bytes(config, model.params, batch, PROMPT + NEW // 2)
+        case = f"{PROMPT} + {NEW}, batch {batch}"
+        yield Figure("generate", case, sum(drawn), times, first - times[0], flops, moved)
+
+
 def capacity(config: Config, repeats: int):
     """Decoding at one length with room for little more, and for much more."""
     for size in (512, 16384):
@@ -88,9 +110,7 @@ def _decode(config, case, batch, size, start, repeats):
     if batch > 1:
         generate = jax.vmap(generate, in_axes=(None, 0, 0))
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)).copy(), state)
-    cells = sum(min(start + NEW // 2, window or size) for window in config.windows)
-    cell = 2 * config.num_kv_heads * config.head_size * config.compute_dtype.itemsize
-    moved = NEW * (_bytes(params) + batch * cells * cell)
+    moved = NEW * _step_bytes(config, params, batch, start + NEW // 2)
     flops = batch * NEW * flops_per_token(config, start) / 3
     program_, seconds = compiled(generate, params, *state, donate=(1, 2))
 
@@ -100,6 +120,13 @@ def _decode(config, case, batch, size, start, repeats):
         return state
 
     return Figure("decode", case, batch * NEW, timed(call, repeats), seconds, flops, moved)
+
+
+def _step_bytes(config, params, batch, length):
+    """The least that one decode step reads: parameters, and the cells of each sequence."""
+    cells = sum(min(length, window or length) for window in config.windows)
+    cell = 2 * config.num_kv_heads * config.head_size * config.compute_dtype.itemsize
+    return _bytes(params) + batch * cells * cell
 
 
 def _params(config):

@@ -28,21 +28,50 @@ class Figure:
         """Seconds of a run."""
         return statistics.median(self.seconds)
 
+    def memory_bound(self, limits: "Limits") -> bool:
+        """Whether moving its bytes takes the machine longer than its arithmetic."""
+        return self.bytes / limits.bandwidth > self.flops / limits.flops
+
     def share(self, limits: "Limits") -> float:
         """The least time that the machine could take, as a share of the time it took."""
         return max(self.flops / limits.flops, self.bytes / limits.bandwidth) / self.median
 
 
 @dataclass(frozen=True)
+class KernelFigure(Figure):
+    """A figure of one kernel.
+
+    kernel: the backend, or the rival. error: the largest difference from float64, in units of the
+    largest value; nan where it was not looked at.
+    """
+
+    kernel: str
+    error: float
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the machine reaches on its simplest programs.
 
-    bandwidth: bytes/s of a matrix-vector product, which reads each number once.
+    read: bytes/s of a matrix-vector product, which reads each number once.
+    copy: bytes/s of copying an array, read and written bytes together.
     flops: FLOP/s of a square matrix product.
     """
 
-    bandwidth: float
+    read: float
+    copy: float
     flops: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s, by the better of two ways to move them."""
+        return max(self.read, self.copy)
+
+    def __str__(self):
+        return (
+            f"reads {self.read / 1e9:.0f} GB/s, copies {self.copy / 1e9:.0f} GB/s, "
+            f"multiplies {self.flops / 1e12:.2g} TFLOP/s"
+        )
 
 
 def compiled(function: Callable, *operands, donate=()):
@@ -75,9 +104,15 @@ def measure_limits(dtype) -> Limits:
     on_cpu = jax.default_backend() == "cpu"
     side = 2048 if on_cpu else 8192
     square = jnp.ones((side, side), dtype)
-    multiply, _ = compiled(jnp.matmul, square, square)
-    flops = 2 * side**3 / timed(lambda: multiply(square, square), 5)[0]
     tall = jnp.ones((2**15 if on_cpu else 2**18, 4096), dtype)
     vector = jnp.ones(4096, dtype)
-    read, _ = compiled(jnp.matmul, tall, vector)
-    return Limits(tall.nbytes / timed(lambda: read(tall, vector), 5)[0], flops)
+
+    def fastest(function, *operands):
+        program, _ = compiled(function, *operands)
+        return timed(lambda: program(*operands), 7)[0]
+
+    return Limits(
+        read=tall.nbytes / fastest(jnp.matmul, tall, vector),
+        copy=2 * tall.nbytes / fastest(jnp.negative, tall),
+        flops=2 * side**3 / fastest(jnp.matmul, square, square),
+    )

