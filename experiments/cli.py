@@ -61,9 +61,8 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, console.measure(table).maximum)  # a log has no right edge
-    console.print(table)
+    wide = Console(width=1000)
+    Console(width=wide.measure(table).maximum).print(table)  # lines may leave the screen, not wrap
 
 
 def _text(error):

@@ -62,7 +62,7 @@ def _attention(shape, dtype, backward, repeats, calls):
         try:
             program, seconds = compiled(program, q, k, v, dz)
         except NotImplementedError as error:
-            _skip(figure, name, error)
+            _skip(name, str(error))
             continue
         z, *gradients = program(q, k, v, only)
         got = [z[0, checked], *(x[0] for x in gradients)]
@@ -139,20 +139,20 @@ def _decode(B, S, N, K, H, dtype, repeats, calls):
     )
     for name in BACKENDS:
 
-        def step(keys, values, q, k, v, name=name):
+        def step(keys, values, cell, k, v, q, name=name):
             return write_read(
                 keys, values, None, cell, None, k, v, q, None, None, options=options, backend=name
             )
 
         try:
-            program, seconds = compiled(step, keys, values, q, k, v, donate=(0, 1))
+            program, seconds = compiled(step, keys, values, cell, k, v, q, donate=(0, 1))
         except NotImplementedError as error:
-            _skip(figure, name, error)
+            _skip(name, str(error))
             continue
         blocks = [jnp.copy(keys), jnp.copy(values)]
 
         def call(program=program, blocks=blocks):
-            blocks[0], blocks[1], z = program(*blocks, q, k, v)
+            blocks[0], blocks[1], z = program(*blocks, cell, k, v, q)
             return z
 
         yield _measured(figure, name, call, [call()[:1]], want, seconds, repeats, calls)
@@ -166,8 +166,9 @@ def _random(shapes, dtype):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def _skip(figure, kernel, reason):
-    print(f"{figure.suite} {figure.case}, {kernel}: not run: {reason}")
+@functools.cache  # each reason once
+def _skip(kernel, reason):
+    print(f"{kernel} is not run: {reason}")
 
 
 def _measured(figure, kernel, call, got, want, compile_seconds, repeats, calls):

@@ -70,12 +70,14 @@ def generate(config: Config, repeats: int):
     model = Model(config, _params(config), byte_tokenizer())
     for batch in (1, 8):
         prompts = np.split(np.asarray(_tokens(config, batch * PROMPT)), batch)
-        call = partial(complete, model, prompts, max_new_tokens=NEW, temperature=0)
+        call = partial(complete, model, prompts, max_new_tokens=NEW)
         begin = time.perf_counter()
         drawn = [len(completion.tokens) for completion in call()]  # some may end a document
         first = time.perf_counter() - begin
         times = timed(call, repeats)
-        flops = (batch * PROMPT + sum(drawn)) * flops_per_token(config, PROMPT) / 3
+        # Prompts need no logits.
+        logits = 6 * config.width * config.vocab_size * batch * PROMPT
+        flops = ((batch * PROMPT + sum(drawn)) * flops_per_token(config, PROMPT) - logits) / 3
         moved = max(drawn) * _step_bytes(config, model.params, batch, PROMPT + NEW // 2)
         case = f"{PROMPT} + {NEW}, batch {batch}"
         yield Figure("generate", case, sum(drawn), times, first - times[0], flops, moved)
