@@ -1,13 +1,14 @@
 """The ways to run the same tokens, compared with the parallel mode."""
 
 import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.suites.timing import timed
 from transformer.program import init_cache, program
 from transformer.schedule import recompute, run
 
@@ -107,16 +108,7 @@ def _difference(arrays, expected):
     return worst / scale
 
 
-def times(config, params, tokens, repeats=3):
+def times(config, params, tokens):
     """Seconds that each way takes over tokens [T], the median of repeated runs: name -> seconds."""
-    seconds = {}
-    for name, way in ways(config).items():
-        way = jax.jit(way)
-        jax.block_until_ready(way(params, tokens))
-        runs = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            jax.block_until_ready(way(params, tokens))
-            runs.append(time.perf_counter() - begin)
-        seconds[name] = statistics.median(runs)
-    return seconds
+    calls = {name: partial(jax.jit(way), params, tokens) for name, way in ways(config).items()}
+    return {name: statistics.median(timed(call, 5, budget=0.5)) for name, call in calls.items()}

@@ -1,5 +1,6 @@
 """Timing compiled functions, and the limits of the machine that times are held against."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -83,13 +84,16 @@ def compiled(function: Callable, *operands, donate=()):
     return program, time.perf_counter() - begin
 
 
-def timed(call: Callable[[], object], repeats: int) -> tuple[float, ...]:
-    """Seconds of each call, sorted, after one that does not count."""
+def timed(call: Callable[[], object], repeats: int, budget=math.inf) -> tuple[float, ...]:
+    """Seconds of each call, sorted, after one that does not count.
+
+    There are `repeats` calls, or as many as begin within `budget` seconds.
+    """
     import jax
 
     jax.block_until_ready(call())
     seconds = []
-    for _ in range(repeats):
+    while len(seconds) < repeats and (not seconds or sum(seconds) < budget):
         begin = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - begin)
