@@ -85,6 +85,7 @@ def _figures(name, config):
     if name in MODEL_SUITES:
         from experiments.suites import model
 
+        config = config.replace(max_length=max(config.max_length, model.PROMPT + model.NEW))
         return getattr(model, name)(config, _REPEATS.value)
     from experiments.suites import attention
 

@@ -18,8 +18,7 @@ from kernels.options import Options
 
 QUERY_ROWS = 256
 KEY_TILE = 256
-# One query only reads: large tiles come nearer to the speed of memory, small ones end closer to it.
-READ_TILE, LARGE_READ_TILE = 128, 1024
+LARGE_KEY_TILE = 1024  # of one query, which only reads: nearer to the speed of memory
 # Stands for -inf: finite, so that the difference of two masked maxima is 0 and not nan.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -95,11 +94,18 @@ def forward(
     They are read tile by tile, so no copy is made.
     """
     num_kv_heads, num_cells = keys.shape[-3:-1]
-    tiles = (READ_TILE, LARGE_READ_TILE) if q.shape[1] == 1 else (KEY_TILE, None)
-    # A product with the block as it lies needs no copy of tiles, and is twice as fast where most of
-    # the cells are read. Narrow types would be widened first, a layer of a stack cut out.
-    whole = q.shape[1] == 1 and layer is None and keys.dtype == jnp.float32
-    masking = _Masking(options, num_cells, kv_positions, alibi, num_kv_heads, *tiles, whole)
+    one_query = q.shape[1] == 1
+    masking = _Masking(
+        options,
+        num_cells,
+        kv_positions,
+        alibi,
+        num_kv_heads,
+        large=LARGE_KEY_TILE if one_query else None,
+        # A product with the block as it lies needs no copy of tiles, and is twice as fast where
+        # most cells are read. Narrow types would be widened first, a layer of a stack cut out.
+        whole=one_query and layer is None and keys.dtype == jnp.float32,
+    )
 
     def read(query):
         def step(begin, size, state):
@@ -156,7 +162,7 @@ def _backward(options, operands, z, lse, dz, dlse):
     """Gradients by recomputing the weights from the log-sum-exp, tile by tile."""
     q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi = operands
     num_kv_heads = keys.shape[1]
-    masking = _Masking(options, keys.shape[2], kv_positions, alibi, num_kv_heads, KEY_TILE)
+    masking = _Masking(options, keys.shape[2], kv_positions, alibi, num_kv_heads)
     dtype = _accumulator(q)
     # d loss / d score = weight * (d loss / d weight - delta); the log-sum-exp's own cotangent
     # enters the same way, since d lse / d score = weight.
@@ -202,16 +208,16 @@ class _Masking:
     """Which tiles of keys a tile of queries sees, and the masked scores of one such tile."""
 
     def __init__(
-        self, options, num_cells, kv_positions, alibi, num_kv_heads, size, large=None, whole=False
+        self, options, num_cells, kv_positions, alibi, num_kv_heads, *, large=None, whole=False
     ):
         """How the cells are read.
 
-        size, large: cells of a tile, and of the tiles that most of a long range takes.
+        large: cells of the tiles that most of a long range takes; None: all tiles are small.
         whole: all cells at once where more than half of the tiles are seen.
         """
         self.options = options
         self.num_cells = num_cells
-        self.size = min(num_cells, size)
+        self.size = min(num_cells, KEY_TILE)
         self.large = large if large and large < num_cells else None
         self.whole = whole
         self.num_tiles = -(-num_cells // self.size)
@@ -269,7 +275,7 @@ class _Masking:
 
     def loop(self, query, step, state):
         """Runs `step(begin, size, state)` over the tiles that some query of the tile sees."""
-        if self.num_tiles == 1 and not self.whole:
+        if self.num_tiles == 1 and query["q"].shape[2] > 1:  # a block just written would be copied
             return step(0, self.size, state)
         first, stop = self._range(query)
         if self.whole:

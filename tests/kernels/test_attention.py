@@ -27,8 +27,7 @@ def small_tiles(monkeypatch):
     """Tiles so small that short sequences take several of them, and a part of one."""
     monkeypatch.setattr(kernels.xla, "KEY_TILE", 16)
     monkeypatch.setattr(kernels.xla, "QUERY_ROWS", 24)
-    monkeypatch.setattr(kernels.xla, "READ_TILE", 8)
-    monkeypatch.setattr(kernels.xla, "LARGE_READ_TILE", 32)
+    monkeypatch.setattr(kernels.xla, "LARGE_KEY_TILE", 48)
     monkeypatch.setattr(kernels.splash, "TILE", 128)
 
 
