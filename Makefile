@@ -9,8 +9,8 @@ WORKERS ?= 2
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=$(DEMO)
-	$(BIN)/python -m experiments.sample --workdir=$(DEMO) --prompt='import ' \
-		--prompt='def __init__(self' --prompt='class ' --max_new_tokens=120 --temperature=0.7
+	$(BIN)/python -m experiments.sample --workdir=$(DEMO) --prompt='class' \
+		--prompt='def __init__(self' --prompt='def read' --max_new_tokens=120 --temperature=0.7
 	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
 
 test: .venv/tests-installed

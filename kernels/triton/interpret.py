@@ -104,6 +104,8 @@ def _run(function, grid, arguments):
     with _LOCK, np.errstate(all="ignore"), _interpreted_language() as builder:
         names = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         language = ti._patch_lang(names)
+        # Triton 3.6 takes a scalar to be 0-dimensional, which NumPy 2.4 insists on.
+        language.set_attr(tl.tensor, "__index__", lambda x: int(x.handle.data.squeeze()))
         try:
             body = _interpreted(function.fn)
             builder.set_grid_dim(*grid)
