@@ -17,8 +17,11 @@ import pytest
 from experiments import cli
 from experiments.config import default_config, read_config
 from experiments.configs import demo, gpt2, tiny
+from experiments.meter import NotFinite
 from experiments.metrics import METRICS_FILE, SAMPLES_FILE, Log, read_rows
-from experiments.train import NotFinite, only_process, prepare, train
+from experiments.process import only_process
+from experiments.run import prepare
+from experiments.train import train
 from transformer import Config, load, presets
 from transformer.checkpoint import CheckpointError, Checkpoints
 

@@ -1,0 +1,42 @@
+"""A run as a process: the only one in its directory, and stopped by signals in good order."""
+
+import fcntl
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def only_process(workdir: Path):
+    """Keeps other processes from training in a directory until the body, or this process, ends.
+
+    Raises:
+      BlockingIOError: another one is.
+    """
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is training in {workdir}") from None
+        yield
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as a request; the second SIGINT interrupts at once. A context manager."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._request) for number in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number, frame):
+        del number, frame
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
