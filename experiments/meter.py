@@ -12,8 +12,8 @@ from experiments.metrics import Metrics
 from experiments.progress import Progress
 from experiments.run import Run
 from transformer.data import Batch
+from transformer.flops import flops_per_token, peak_flops
 from transformer.optimizer import learning_rate
-from transformer.train import flops_per_token, peak_flops
 
 # Steps given to the device before the result of the oldest is waited for: the host's work hides
 # behind the device's, and a stop or a loss that is no number is noticed soon.

@@ -14,7 +14,8 @@ from grain import DatasetIterator
 from experiments.config import Data, Experiment
 from transformer.checkpoint import FOLDER, Checkpoints
 from transformer.config import Config
-from transformer.data import Batch, Document, read_corpus, split, train_batches, validation_batches
+from transformer.corpus import Document, read_corpus, split
+from transformer.data import Batch, train_batches, validation_batches
 from transformer.model import CONFIG_FILE, require_same_architecture
 from transformer.optimizer import make_optimizer
 from transformer.sharding import make_mesh, shard_batch, state_shardings

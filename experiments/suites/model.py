@@ -10,6 +10,7 @@ import numpy as np
 from experiments.suites.timing import Figure, compiled, timed
 from transformer.config import Config
 from transformer.data import Batch
+from transformer.flops import flops_per_token
 from transformer.generate import capacity_for
 from transformer.generate import generate as complete
 from transformer.model import Model
@@ -17,7 +18,7 @@ from transformer.optimizer import OptimizerConfig, make_optimizer
 from transformer.program import init_cache, init_params, program
 from transformer.schedule import run
 from transformer.tokenizer import byte_tokenizer
-from transformer.train import flops_per_token, init_state, make_train_step
+from transformer.train import init_state, make_train_step
 
 PROMPT, NEW = 512, 32  # tokens before decoding begins, and tokens decoded
 
