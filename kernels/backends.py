@@ -24,7 +24,7 @@ BACKENDS = {
 # What "auto" tries, in order. cudnn is not among it: it needs positions that are known while
 # tracing, and those of a program are data.
 AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
-_PACKAGES = {"triton": "jax-triton (pip install unison[cuda])"}
+_PACKAGES = {"triton": "jax-triton (pip install -e '.[cuda]')"}
 
 _logger = logging.getLogger(__name__)
 
