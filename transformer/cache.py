@@ -91,6 +91,24 @@ class Cache:
             )
         return self.replace(next=None, cell=None, repeat=None, backend="auto")
 
+    def check_token(self, before: Cache) -> None:
+        """Checks that one whole token has run since `before`, under the same trace.
+
+        Raises:
+          ProgramError: the token has not ended, or no block was used.
+        """
+        if self.next is not None:
+            raise ProgramError(
+                f"the program returned a cache at block {self.next} of {len(self.blocks)}; "
+                f"end the token with cache.end(). {RULE}"
+            )
+        for index, (old, new) in enumerate(zip(before.blocks, self.blocks, strict=True)):
+            if new.keys is old.keys:
+                raise ProgramError(
+                    f"the program returned a cache in which block {index} is as it was: "
+                    f"write_read was not called for it. {RULE}"
+                )
+
     def write_read(
         self,
         i: jax.Array,

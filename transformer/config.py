@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -136,10 +137,15 @@ class Config:
                     f"{name}={getattr(self, name)!r} does not exist; choose one of "
                     f"{', '.join(choices)}."
                 )
-        sizes = ("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1.")
+        for name in (
+            "vocab_size",
+            "max_length",
+            "num_layers",
+            "width",
+            "num_heads",
+            "num_kv_heads",
+        ):
+            self._require_size(name)
         if self.head_size is None:
             if self.width % self.num_heads:
                 raise ValueError(
@@ -149,6 +155,21 @@ class Config:
             fill("head_size", self.width // self.num_heads)
         if self.feed_forward_width is None:
             fill("feed_forward_width", 4 * self.width)
+        self._require_size("head_size")
+        self._require_size("feed_forward_width")
+        self._require_size("num_experts", least=0)
+        for name in ("rotary_base", "norm_epsilon", "embedding_scale"):
+            self._require_positive(name)
+        for name in (
+            "rotary_window_base",
+            "attention_scale",
+            "attention_soft_cap",
+            "logit_soft_cap",
+        ):
+            if getattr(self, name) is not None:
+                self._require_positive(name)
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction={self.rotary_fraction}; it is in (0, 1].")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}."
@@ -158,8 +179,11 @@ class Config:
                 f"rotary positions turn pairs, and head_size={self.head_size} with "
                 f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size} numbers."
             )
-        if any(w is not None and w < 1 for w in self.pattern):
-            raise ValueError(f"window={self.window}; a window is at least 1, or None for all.")
+        if not self.pattern or any(not _is_size(w) for w in self.pattern if w is not None):
+            raise ValueError(
+                f"window={self.window}; a window is a whole number from 1 on, or None for all, and "
+                "a pattern has at least one of them."
+            )
         if self.scan_layers and self.num_layers % len(self.pattern):
             raise ValueError(
                 f"scan_layers repeats the window pattern of {len(self.pattern)} layers, and "
@@ -174,6 +198,16 @@ class Config:
                 f"experts_per_token={self.experts_per_token}; with num_experts={self.num_experts} "
                 f"it is between 1 and {self.num_experts}."
             )
+
+    def _require_size(self, name, least=1):
+        value = getattr(self, name)
+        if not _is_size(value, least):
+            raise ValueError(f"{name}={value}; it must be a whole number, at least {least}.")
+
+    def _require_positive(self, name):
+        value = getattr(self, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}; it must be above 0 and finite.")
 
     @property
     def pattern(self) -> tuple[int | None, ...]:
@@ -205,6 +239,10 @@ class Config:
     def to_dict(self) -> dict:
         """A dict of plain values, for JSON; `Config(**d)` reads it back."""
         return dataclasses.asdict(self)
+
+
+def _is_size(value, least=1):
+    return isinstance(value, int) and value >= least
 
 
 _GPT2 = Config(

@@ -83,10 +83,14 @@ def _through(layers, params, cache, x, i):
 
 
 def embed(config: Config, params: Params, token, i):
-    """The token's embedding [E] in the compute dtype, its learned position added."""
-    x = params.embedding[token] * config.embedding_scale
+    """The token's embedding [E] in the compute dtype, its learned position added.
+
+    An id or position that does not exist gives nan: JAX would take the nearest that does.
+    """
+    x = params.embedding.at[token].get(mode="fill", wrap_negative_indices=False)
+    x = x * config.embedding_scale
     if params.positions is not None:
-        x = x + params.positions[i]
+        x = x + params.positions.at[i].get(mode="fill")  # -1 is padding, and takes any
     return x.astype(config.compute_dtype)
 
 

@@ -3,6 +3,7 @@
 One chunk is the parallel mode, chunks of one token the sequential mode; what runs is the same f.
 """
 
+import operator
 from collections.abc import Callable
 
 import jax
@@ -30,8 +31,10 @@ def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = 
       (cache, logits [T, V]).
 
     Raises:
-      ValueError: chunk below 1, no tokens, more tokens than the cache has room for, or token ids
-        outside of the vocabulary (the last two as far as the values are known when tracing).
+      ValueError: chunk below 1, no tokens, start below 0, more tokens than the cache has room for
+        or learned positions exist for, or token ids outside of the vocabulary (start and ids as far
+        as the values are known when tracing).
+      ProgramError: f breaks the rule of the cache.
     """
     tokens = jnp.asarray(tokens)
     length = _check(params, cache, tokens, start, chunk)
@@ -44,7 +47,7 @@ def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = 
         if chunk > 1:
             return parallel(f, params, cache, *inputs)
         token, i = (x[0] for x in inputs)
-        cache, logits = f(params, cache, token, i)
+        cache, logits = _one_token(f)(params, cache, token, i)
         return cache, logits[None]
 
     whole = length - length % chunk
@@ -71,7 +74,18 @@ def parallel(f: Callable, params, cache: Cache, tokens, positions, cells=None):
     """
     over = (tokens, positions) if cells is None else (tokens, positions, cells)
     axes = (None, None, *(0,) * len(over))
-    return jax.vmap(f, in_axes=axes, out_axes=(None, 0))(params, cache, *over)
+    return jax.vmap(_one_token(f), in_axes=axes, out_axes=(None, 0))(params, cache, *over)
+
+
+def _one_token(f):
+    """f, checked to have run one whole token."""
+
+    def checked(params, cache, *operands):
+        after, logits = f(params, cache, *operands)
+        after.check_token(cache)
+        return after, logits
+
+    return checked
 
 
 def recompute(f: Callable, params, cache: Cache, tokens):
@@ -114,11 +128,21 @@ def _check(params, cache, tokens, start, chunk):
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}; a chunk is at least 1 token, or None for all at once.")
-    if not isinstance(start, jax.core.Tracer) and start + len(tokens) > cache.capacity:
-        raise ValueError(
-            f"{len(tokens)} tokens from position {start} need {start + len(tokens)} cells, and the "
-            f"cache has {cache.capacity}; make it with init_cache(config, capacity=...)."
-        )
+    if not isinstance(start, jax.core.Tracer):
+        stop = operator.index(start) + len(tokens)
+        learned = getattr(params, "positions", None)
+        if start < 0:
+            raise ValueError(f"start={start}; positions begin at 0.")
+        if stop > cache.capacity:
+            raise ValueError(
+                f"{len(tokens)} tokens from position {start} need {stop} cells, and the "
+                f"cache has {cache.capacity}; make it with init_cache(config, capacity=...)."
+            )
+        if learned is not None and stop > len(learned):
+            raise ValueError(
+                f"{len(tokens)} tokens from position {start} need {stop} learned positions, and "
+                f"the model has max_length={len(learned)}."
+            )
     if not isinstance(tokens, jax.core.Tracer) and hasattr(params, "vocab_size"):
         check_tokens(tokens, params.vocab_size)
     return len(tokens)

@@ -136,8 +136,8 @@ def make_train_step(
     """Makes a compiled `train_step(state, batch) -> (state, metrics)`, which donates the state.
 
     Metrics are scalars: `loss` (nats per target, without the z-loss), `gradient_norm` (before
-    clipping) and `finite` (bool). Where loss or gradient norm is not finite the state comes back
-    unchanged, its step too, and `finite` is False.
+    clipping) and `finite` (bool). Where loss or gradient norm is not finite, as with a token id
+    outside of the vocabulary, the state comes back unchanged, its step too, and `finite` is False.
 
     Args:
       config, optimizer: the model and `make_optimizer`'s result.
@@ -150,7 +150,7 @@ def make_train_step(
 
     Raises:
       ValueError: accumulate or ema_decay out of range; while tracing, B is no multiple of
-        accumulate, or the state's average does not go with ema_decay.
+        accumulate, T exceeds config.max_length, or the state's average does not go with ema_decay.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; a batch is run in at least 1 part.")
@@ -161,7 +161,7 @@ def make_train_step(
     )
 
     def compute_gradient(params, batch):
-        cache = init_cache(config, batch.tokens.shape[1])
+        cache = _row_cache(config, batch)
         total_weight = jnp.sum(batch.weights)
         part_gradient = lambda part: gradient_of(params, cache, part, z_loss, total_weight)
         if accumulate == 1:
@@ -200,6 +200,14 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
+def _row_cache(config, batch):
+    """An empty cache for one row of a batch."""
+    length = batch.tokens.shape[1]
+    if length > config.max_length:
+        raise ValueError(f"rows of {length} tokens exceed the model's {config.max_length=}.")
+    return init_cache(config, length)
+
+
 def _split_rows(parts, x):
     """[B, T] -> [parts, B / parts, T], each part taking every `parts`-th row.
 
@@ -214,12 +222,16 @@ def _split_rows(parts, x):
 
 
 def make_eval_step(config: Config, attention: str = "auto") -> Callable[[Params, Batch], jax.Array]:
-    """Makes a compiled `eval_step(params, batch) -> nll [B, T]` in nats, weights not applied."""
+    """Makes a compiled `eval_step(params, batch) -> nll [B, T]` in nats, weights not applied.
+
+    Raises:
+      ValueError: while tracing, T exceeds config.max_length.
+    """
     f = program(config, attention=attention)
 
     @jax.jit
     def eval_step(params, batch):
-        cache = init_cache(config, batch.tokens.shape[1])
+        cache = _row_cache(config, batch)
         return cross_entropy(compute_logits(f, params, cache, batch), batch.targets)[0]
 
     return eval_step

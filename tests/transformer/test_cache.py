@@ -34,6 +34,20 @@ def test_calling_too_seldom_names_the_block(chunk):
         )
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (calling(2, end=False), r"returned a cache at block 2 of 3; end the token"),
+        (lambda params, cache, *_: (cache, jnp.zeros(9)), r"block 0 is as it was.*exactly once"),
+    ],
+    ids=["without end", "without the cache"],
+)
+def test_a_token_that_does_not_end_is_refused(f, message, chunk):
+    with pytest.raises(ProgramError, match=message):
+        jax.eval_shape(lambda: run(f, None, init_cache(CONFIG, 8), np.arange(4), chunk=chunk))
+
+
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_calling_too_often_names_the_call(chunk):
     with pytest.raises(ProgramError, match=r"called a 4th time.*has 3 blocks.*exactly once"):

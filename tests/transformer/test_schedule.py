@@ -184,12 +184,37 @@ def test_more_tokens_than_cells_are_refused():
         run(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.arange(4), start=5)
 
 
+def test_positions_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="start=-3; positions begin at 0"):
+        run(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.arange(4), start=-3)
+    with pytest.raises(TypeError, match="float"):
+        run(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.arange(4), start=2.0)
+    learned = CONFIG.replace(positions="learned", max_length=6)
+    params = init_params(learned, jax.random.key(0))
+    with pytest.raises(
+        ValueError, match="need 7 learned positions, and the model has max_length=6"
+    ):
+        run(program(learned), params, init_cache(learned, 8), np.arange(4), start=3)
+
+
 @pytest.mark.parametrize("mode", [run, recompute])
 def test_tokens_out_of_range_are_refused(mode):
     with pytest.raises(ValueError, match="token id 61 at 1 is outside of the vocabulary, 0 to 60"):
         mode(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.array([0, 61]))
     with pytest.raises(ValueError, match="token id -1 at 0, 2"):
         check_tokens(np.array([[0, 3, -1]]), 61)
+
+
+def test_what_compiled_code_cannot_refuse_is_nan():
+    learned = CONFIG.replace(positions="learned", max_length=3)
+    params = init_params(learned, jax.random.key(0))
+    modes = jax.jit(run, static_argnums=(0, 5))
+    for token in (-1, 61):
+        tokens = np.array([5, token, 5])
+        logits = modes(program(learned), params, init_cache(learned, 4), tokens, 0, 1)[1]
+        assert np.isfinite(logits[0]).all() and np.isnan(logits[1:]).all()
+    logits = modes(program(learned), params, init_cache(learned, 4), np.arange(3), 1, 1)[1]
+    assert np.isfinite(logits[:2]).all() and np.isnan(logits[2]).all()
 
 
 def test_no_tokens_are_refused():

@@ -245,14 +245,25 @@ def test_a_step_that_is_not_finite_changes_nothing():
     state, metrics = step(state, batch)
     assert metrics["finite"] and int(state.step) == 1
     before = jax.tree.map(np.array, state)
-    for bad in (np.nan, np.inf):
-        weights = batch.weights.copy()
-        weights[1, 3] = bad
-        state, metrics = step(state, batch._replace(weights=weights))
+    weights, tokens = batch.weights.copy(), batch.tokens.copy()
+    weights[1, 3], tokens[1, 3] = np.inf, V  # an id that does not exist
+    for bad in (batch._replace(weights=weights), batch._replace(tokens=tokens)):
+        state, metrics = step(state, bad)
         assert not metrics["finite"] and not np.isfinite(metrics["loss"])
         jax.tree.map(np.testing.assert_array_equal, state, before)
     state, metrics = step(state, batch)
     assert metrics["finite"] and int(state.step) == 2
+
+
+def test_rows_longer_than_the_model_are_refused():
+    longer = jax.tree.map(
+        lambda x: np.repeat(x, 2, axis=1), random_batch(np.random.default_rng(), ROWS)
+    )
+    state, step = make_step()
+    with pytest.raises(ValueError, match=f"rows of {2 * T} tokens exceed .*max_length={T}"):
+        step(state, longer)
+    with pytest.raises(ValueError, match=f"rows of {2 * T} tokens exceed"):
+        train.make_eval_step(TINY)(state.params, longer)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
