@@ -81,6 +81,8 @@ def test_the_decode_loop_of_generate_lowers(backend):
     text, calls = lowered_text(_decode, *arguments, np.int32(4), backend=backend)
     assert calls >= 1
     assert "stablehlo.while" in text
+    assert (rows, 2, 2, T, 64) in shapes(text)
+    assert not any(shape.count(T) > 1 for shape in shapes(text))
     block = "x".join(map(str, (rows, 2, 2, T, 64)))
     makers = re.findall(rf"= stablehlo\.(\w+).*-> .*tensor<{block}x", text)
     if backend == "triton":  # written in place: no operation but the kernel makes a block
