@@ -1,4 +1,4 @@
-"""Settings of the whole suite, made before JAX starts."""
+"""Settings of the whole suite, made before JAX starts, and what is printed after it."""
 
 import os
 
@@ -16,3 +16,12 @@ settings.register_profile(
     "unison", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )
 settings.load_profile("unison")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what each compiled kernel asks of a GPU: the properties "kernel" of the reports."""
+    reports = [x for outcome in ("passed", "failed") for x in terminalreporter.getreports(outcome)]
+    lines = [line for x in reports for name, line in x.user_properties if name == "kernel"]
+    if lines:
+        terminalreporter.section("compiled kernels")
+        terminalreporter.write_line("\n".join(sorted(lines)))

@@ -49,19 +49,26 @@ def lower_decode(architecture, H, dtype, S=8192, **choices):
     return lower(step, *arrays, architecture=architecture)
 
 
-def report(kernels, H, dtype):
-    for kernel in kernels:
-        print(
-            f"sm_{kernel.architecture} {dtype:8} H={H:3} {kernel.name:14} warps {kernel.num_warps} "
-            f"registers {kernel.registers:3} stack {kernel.stack} spills {kernel.spills} "
-            f"shared {kernel.shared:6} PTX {kernel.ptx_version}"
-        )
+@pytest.fixture
+def report(record_property):
+    """Hands what kernels ask of a GPU to tests/conftest.py, which prints it after the tests."""
+
+    def write(kernels, H, dtype):
+        for kernel in kernels:
+            line = (
+                f"{f'sm_{kernel.architecture}':>6} {dtype:8} H={H:3} {kernel.name:14} "
+                f"warps {kernel.num_warps} registers {kernel.registers:3} stack {kernel.stack} "
+                f"spills {kernel.spills} shared {kernel.shared:6} PTX {kernel.ptx_version}"
+            )
+            record_property("kernel", line)
+
+    return write
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("H", WIDTHS)
-def test_shipped_kernels_fit(architecture, dtype, H):
+def test_shipped_kernels_fit(architecture, dtype, H, report):
     kernels = compiled(lower_training(architecture, H, dtype))
     kernels += compiled(lower_decode(architecture, H, dtype))
     report(kernels, H, dtype)
@@ -76,7 +83,7 @@ def test_shipped_kernels_fit(architecture, dtype, H):
         assert instructions(kernels[2])["HGMMA"] or H == 256
 
 
-def test_every_option_at_once_compiles():
+def test_every_option_at_once_compiles(report):
     """Window, soft cap, starts and ALiBi together, and a head size that is not a power of two."""
     alibi = array(N, dtype=jnp.float32)
     lowered = lower_training(90, 80, "float16", alibi=alibi, window=300, soft_cap=30.0)
