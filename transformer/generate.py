@@ -26,7 +26,7 @@ from transformer.schedule import parallel
 
 PREFILL_CHUNK = 64  # prompt tokens that run at once
 BLOCK = 32  # new tokens at most between two looks at them
-MIN_CAPACITY = 256
+MIN_CAPACITY = 512
 MIN_STOP_TOKENS = 8
 
 _program = functools.cache(program)  # one f for one config, so that jit knows it again
@@ -129,7 +129,7 @@ def stream(
 
 
 def capacity_for(num_tokens: int) -> int:
-    """Cells of the cache that sequences of so many tokens get: 2^n or 3/4 of it, at least 256."""
+    """Cells of the cache that sequences of so many tokens get: 2^n or 3/4 of it, at least 512."""
     capacity = _power_of_two(num_tokens, MIN_CAPACITY)
     return max(MIN_CAPACITY, capacity * 3 // 4 if num_tokens <= capacity * 3 // 4 else capacity)
 
