@@ -1,4 +1,7 @@
-"""Plain jit on arrays that lie on eight devices: each computes its part, nothing is gathered."""
+"""Arrays that lie on eight devices, under jit and shard_map: each computes its part, as one would.
+
+Nothing is gathered.
+"""
 
 import json
 import os
@@ -28,19 +31,29 @@ PROGRAM = """
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
 
-    def loss(q, k, v, sinks):
-        z = attention(q, k, v, sinks=sinks, window=9, backend=backend)
-        return (z * jnp.cos(jnp.arange(z.size)).reshape(z.shape)).sum()
+    def attend(q, k, v, sinks):
+        return attention(q, k, v, sinks=sinks, window=9, backend=backend)
+
+    def outputs_and_gradients(attend):
+        def loss(*arrays):
+            z = attend(*arrays)
+            return (z * jnp.cos(jnp.arange(z.size)).reshape(z.shape)).sum(), z
+
+        def of(*arrays):
+            gradients, z = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*arrays)
+            return *gradients, z
+
+        return of
 
     def step(q, k, v, keys, values, cells):
         options = Options(0.3)
         arrays = keys, values, None, cells, None, k[:, :1], v[:, :1], q[:, :1], None, None
         return write_read(*arrays, options=options, backend=backend)
 
-    def case(function, *arrays, specs):
+    def compare(function, split, arrays, specs, result_specs):
         want = jax.jit(function)(*arrays)
         arrays = [put(x, spec) for x, spec in zip(arrays, specs, strict=True)]
-        program = jax.jit(function).lower(*arrays).compile()
+        program = jax.jit(split).lower(*arrays).compile()
         text = program.as_text()
         got = program(*arrays)
         difference = lambda x, y: float(jnp.abs(x - y).max() / jnp.abs(y).max())
@@ -48,22 +61,31 @@ PROGRAM = """
         moved = [move for move in moves if move + "(" in text]
         alike = [
             x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
-            for x, spec in zip(got, specs[3:5] if function is step else specs)
+            for x, spec in zip(got, result_specs, strict=True)
         ]
-        return max(map(difference, jax.tree.leaves(got), jax.tree.leaves(want))), moved, all(alike)
+        return max(map(difference, got, want)), moved, all(alike)
+
+    def mapped(function, specs, result_specs):
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=result_specs)
 
     q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
+    rows_and_heads = P("data", None, "model")
     results = []
-    for spec in (P(("data", "model")), P("data", None, "model")):
-        heads = P(spec[2]) if len(spec) > 2 else P()
-        gradient = jax.grad(loss, (0, 1, 2, 3))
-        results.append(case(gradient, q, k, v, normal(N), specs=(spec, spec, spec, heads)))
-    blocks = normal(B, K, S, H), normal(B, K, S, H)
-    cells = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
-    spec, block = P("data", None, "model"), P("data", "model")
-    specs = (spec,) * 3 + (block,) * 2 + (P("data"),)
+    for spec in (P(("data", "model")), rows_and_heads):
+        specs = (spec, spec, spec, P(spec[2]) if len(spec) > 2 else P())
+        one, arrays = outputs_and_gradients(attend), (q, k, v, normal(N))
+        results.append(compare(one, one, arrays, specs, (*specs, spec)))
+        if backend == "triton_interpret":
+            split = outputs_and_gradients(mapped(attend, specs, spec))
+            results.append(compare(one, split, arrays, specs, (*specs, spec)))
     if backend == "triton_interpret":
-        results.append(case(step, q, k, v, *blocks, cells, specs=specs))
+        blocks = normal(B, K, S, H), normal(B, K, S, H)
+        cells = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
+        block = P("data", "model")
+        specs = (rows_and_heads,) * 3 + (block,) * 2 + (P("data"),)
+        result_specs = block, block, rows_and_heads
+        for split in (step, mapped(step, specs, result_specs)):
+            results.append(compare(step, split, (q, k, v, *blocks, cells), specs, result_specs))
     print(json.dumps(results))
 """
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 
 from kernels import reference
 from kernels.options import Options
@@ -84,39 +83,3 @@ def test_scan_and_remat():
         return jax.jit(jax.grad(layers, (0, 1, 2)))
 
     same(transform, *operands(1))
-
-
-def test_shard_map_sums_the_gradient_of_what_is_shared():
-    """Rows over devices, keys the same on all of them; with JAX's check of varying values on."""
-    count = min(2, jax.device_count())
-    mesh = jax.make_mesh((count,), ("rows",), axis_types=(AxisType.Auto,))
-    rows, same_everywhere = PartitionSpec("rows"), PartitionSpec()
-
-    def transform(f):
-        def local(q, keys, values, sinks):
-            keys, values = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in (keys, values))
-            return jax.lax.psum(f(q, keys, values, sinks), "rows")
-
-        specs = (rows, same_everywhere, same_everywhere, same_everywhere)
-        sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=same_everywhere)
-        return jax.jit(jax.grad(sharded, (0, 1, 2, 3)))
-
-    q, _, _ = operands(2)
-    _, keys, values = operands(1)
-    same(transform, q, keys, values, SINKS)
-
-
-def test_decode_under_shard_map():
-    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
-    rows = PartitionSpec("rows")
-    q, k, v = (x.swapaxes(1, 2)[:, :1] if x.shape[1] == K else x[:, :1] for x in operands(2))
-    block = jnp.zeros((2, 1, K, 8, H))
-
-    def decode(keys, values, k, v, q):
-        cells = jnp.zeros((q.shape[0], 1), jnp.int32)
-        return interpret.decode(keys, values, 0, cells, None, k, v, q, None, None, options=OPTIONS)
-
-    arrays = (block, block, k, v, q)
-    sharded = jax.shard_map(decode, mesh=mesh, in_specs=(rows,) * 5, out_specs=(rows,) * 3)
-    for got, want in zip(jax.jit(sharded)(*arrays), decode(*arrays), strict=True):
-        np.testing.assert_array_equal(got, want)
