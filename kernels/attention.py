@@ -30,7 +30,8 @@ def attention(
 
     Args:
       q: [B, T, N, H] floating.
-      k, v: [B, S, K, H]; N must be a multiple of K.
+      k, v: [B, S, K, H]; N must be a multiple of K. What cells hold that no query sees changes
+        nothing, as long as it is finite: most backends multiply it by 0.
       q_positions: [B or 1, T] int; None: 0..T-1. Negative marks padding, which reads nothing.
       kv_positions: [B or 1, S] int; None: 0..S-1. Negative marks an empty cell.
       kv_length: [B], or one number: keys from there on are empty cells. None: S.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transformer.completion import Writer
 from transformer.config import Config
-from transformer.generate import _cast, _decode, _prefill, _State, generate, stream
+from transformer.generate import _cast, _decode, _prefill, _State, capacity_for, generate, stream
 from transformer.layers import Linear
 from transformer.model import Model, score
 from transformer.program import init_cache, init_params, program
@@ -133,6 +133,31 @@ def test_other_lengths_and_parameters_compile_nothing():
     generate(model(config), ["ab"], max_new_tokens=200, temperature=0, min_p=0.1, stop=["x", 7])
     list(stream(model(config), [short], max_new_tokens=5))
     assert not compiled
+
+
+def test_another_capacity_compiles_once():
+    compiled = []
+    record = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(record)
+    config = SMALL.replace(num_layers=1, max_length=1024)
+    generate(model(config), [[65] * 20], max_new_tokens=3)
+    compiled.clear()
+    generate(model(config), [[65] * 500], max_new_tokens=12)  # all of the 512 cells
+    assert not compiled
+    generate(model(config), [[65] * 501], max_new_tokens=12)
+    assert compiled
+    compiled.clear()
+    generate(model(config), [[65] * 700], max_new_tokens=68)  # all of the 768
+    generate(model(config), [[65] * 9], max_new_tokens=3)
+    assert not compiled
+
+
+@given(num_tokens=st.integers(1, 2**20))
+def test_capacities_are_few_and_fit(num_tokens):
+    capacity = capacity_for(num_tokens)
+    assert num_tokens <= capacity <= max(512, 1.5 * num_tokens)
+    assert capacity_for(capacity) == capacity and capacity % 64 == 0
+    assert len({capacity_for(n) for n in range(1, 2**14, 63)}) == 11
 
 
 def compiled_phases(config, rows, capacity):
