@@ -1,7 +1,11 @@
 """How a run is going: a bar on a terminal, plain lines elsewhere."""
 
+import re
+
 import rich.progress
 from rich.console import Console
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not tab and line feed
 
 
 class Progress:
@@ -43,5 +47,6 @@ class Progress:
             self.say(f"step {row['step']}/{self._steps}  {status}  {minutes}:{seconds:02} left")
 
     def say(self, text: str) -> None:
-        """Prints lines, above the bar where there is one."""
-        self._console.print(text, markup=False)
+        """Prints lines, above the bar where there is one; control characters as their escapes."""
+        escaped = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+        self._console.print(escaped, markup=False)
