@@ -21,7 +21,7 @@ IN_FLIGHT = 2
 
 
 class NotFinite(Exception):
-    """The loss or its gradient is no longer a number."""
+    """The loss, its gradient or the model's logits are no longer numbers."""
 
 
 class Meter:
@@ -38,7 +38,7 @@ class Meter:
         self._flops = flops_per_token(run.model, run.experiment.data.length)
         self._pending = deque()
         self._tokens, self._since = 0, time.perf_counter()
-        self._saved_in = run.workdir
+        self._workdir = run.workdir
 
     def push(self, step: int, values: dict, batch: Batch) -> None:
         """Takes a step that was given to the device, and writes those before that are done."""
@@ -61,8 +61,8 @@ class Meter:
         if not values["finite"]:
             raise NotFinite(
                 f"step {step}: the loss is {values['loss']} and the gradient's norm is "
-                f"{values['gradient_norm']}; stopped. The checkpoints in {self._saved_in} are of "
-                "steps before; a lower learning rate or a longer warm-up may help."
+                f"{values['gradient_norm']}; stopped. A lower learning rate or a longer warm-up "
+                f"may help; {self._workdir} keeps the checkpoints of earlier steps, if any."
             )
         self._tokens += batch.tokens.size
         self._progress.advance(step)
