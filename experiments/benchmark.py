@@ -28,6 +28,7 @@ KERNEL_SUITES = ("attention", "decode_attention")
 SUITES = (*MODEL_SUITES, *KERNEL_SUITES)
 _SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Of {', '.join(SUITES)}.")
 _PRESET = flags.DEFINE_string("preset", "gpt2", "Shape of the model; see transformer.presets.")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of attention in the model suites.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each case.", lower_bound=1)
 _PEER = flags.DEFINE_string("peer", None, "A Python with torch and transformers, to compare with.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
@@ -36,8 +37,11 @@ _PLOT = flags.DEFINE_string("plot", None, "File for a plot of them, PNG.")
 
 def main(argv):
     del argv
+    from kernels.backends import check_backend
     from transformer.config import presets
 
+    with cli.user_errors(ValueError):
+        check_backend(_ATTENTION.value)
     unknown = [name for name in _SUITE.value if name not in SUITES]
     if unknown:
         cli.fail(f"--suite has no {', '.join(unknown)}; choose of {', '.join(SUITES)}.")
@@ -55,11 +59,13 @@ def main(argv):
         config = config.replace(dtype="bfloat16")
     limits = timing.measure_limits(config.compute_dtype)
     print(f"{jax.devices()[0].device_kind}: {limits}", flush=True)
+    told = cli.tell_attention()
     rows = []
     for name in _SUITE.value:
-        for figure in _figures(name, config):
-            rows.append(report.row(figure, limits))
-            print(report.line(rows[-1]), flush=True)
+        with cli.user_errors(NotImplementedError):
+            for figure in _figures(name, config):
+                rows.append(report.row(figure, limits))
+                print(report.line(rows[-1]), flush=True)
         if _PEER.value and name in PEER_SUITES:
             _add_peer(rows, name)
     figures = {
@@ -69,6 +75,8 @@ def main(argv):
         "jax": jax.__version__,
         "preset": _PRESET.value,
         "dtype": config.dtype,
+        "attention": _ATTENTION.value,
+        "attention_chosen": told,
         "limits": vars(limits),
         "rows": rows,
     }
@@ -86,7 +94,7 @@ def _figures(name, config):
         from experiments.suites import model
 
         config = config.replace(max_length=max(config.max_length, model.PROMPT + model.NEW))
-        return getattr(model, name)(config, _REPEATS.value)
+        return getattr(model, name)(config, _REPEATS.value, _ATTENTION.value)
     from experiments.suites import attention
 
     return getattr(attention, name)(_REPEATS.value)

@@ -16,7 +16,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     def parse(argv):
         # ml_collections reports an unknown field as AttributeError or KeyError.
         with user_errors(flags.Error, AttributeError, KeyError, OSError):
-            rest = flags.FLAGS(argv)[1:]
+            try:
+                rest = flags.FLAGS(argv)[1:]
+            except SystemExit:  # absl has printed the help that was asked for, and exits with 1
+                sys.exit()
         if rest:
             fail(f"unexpected argument {rest[0]!r}; options are given as --name=value.")
         return argv[:1]
@@ -49,6 +52,26 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Prints one line to stderr and ends the program."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def tell_attention() -> list[str]:
+    """Prints to stdout which backend attention="auto" chooses, once it is known.
+
+    Returns:
+      What was printed; it grows.
+    """
+    told = []
+
+    class Tell(logging.Handler):
+        def emit(self, record):
+            told.append(record.getMessage())
+            print(told[-1], flush=True)
+
+    logger = logging.getLogger("kernels.backends")
+    logger.addHandler(Tell())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return told
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

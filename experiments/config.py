@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ml_collections import config_dict
 
+from kernels.backends import check_backend
 from transformer.config import Config
 from transformer.optimizer import OptimizerConfig
 
@@ -24,7 +25,7 @@ class Data:
     path: glob of the files, `**` for any depth; None: the source of Python's standard library.
     tokenizer: "bytes", or "bpe" trained on the training documents.
     vocab_size: V of "bpe".
-    batch_size, length: B and T of one step, over all devices.
+    batch_size, length: B and T of one step, over all devices of the process.
     validation_fraction: share of the documents that is held out.
     seed: of the order of documents.
     """
@@ -51,6 +52,7 @@ class Train:
 
     steps: how many in all.
     seed: of the initial parameters.
+    attention: the backend of `kernels.attention`, also for validation and samples.
     accumulate, z_loss, ema_decay: as in `transformer.train.make_train_step`.
     data_parallel: split every batch and the optimizer's state over all devices of the process.
     log_every, eval_every, sample_every: steps between rows of metrics, validations and samples;
@@ -60,6 +62,7 @@ class Train:
 
     steps: int = 1000
     seed: int = 0
+    attention: str = "auto"
     accumulate: int = 1
     z_loss: float = 0.0
     ema_decay: float | None = None
@@ -72,6 +75,7 @@ class Train:
     def __post_init__(self):
         _require_positive("train", self, "steps", "log_every", "eval_every", "sample_every")
         _require_positive("train", self, "sample_length", "accumulate")
+        check_backend(self.attention)
 
 
 @dataclass(frozen=True)

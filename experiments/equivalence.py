@@ -18,6 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a trained mod
 _PRESET = flags.DEFINE_string("preset", "tiny", "Shape of a fresh model; see transformer.presets.")
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens; default: half the maximum, at most 128.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the tokens, and of fresh parameters.")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of `kernels.attention`.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object per row instead of a table.")
 
 
@@ -44,8 +45,10 @@ def main(argv):
     import numpy as np
 
     from experiments.suites.equivalence import compare, times
+    from kernels.backends import check_backend
 
     with cli.user_errors(ValueError, OSError):
+        check_backend(_ATTENTION.value)
         config, params = _model()
     most = config.max_length // 2
     length = min(128, most) if _LENGTH.value is None else _LENGTH.value
@@ -55,9 +58,11 @@ def main(argv):
             "because twice as many tokens are timed."
         )
     tokens = np.random.default_rng(_SEED.value).integers(0, config.vocab_size, 2 * length)
-    rows = compare(config, params, tokens[:length].astype(np.int32))
-    short = times(config, params, tokens[:length].astype(np.int32))
-    long = times(config, params, tokens.astype(np.int32))
+    tokens = tokens.astype(np.int32)
+    with cli.user_errors(NotImplementedError):
+        rows = compare(config, params, tokens[:length], _ATTENTION.value)
+        short = times(config, params, tokens[:length], _ATTENTION.value)
+        long = times(config, params, tokens, _ATTENTION.value)
     rows = [
         dataclasses.replace(
             row,

@@ -53,6 +53,7 @@ def prepare(experiment: Experiment, workdir: Path) -> Run | None:
     Raises:
       ValueError, OSError: the config, the corpus or the work directory cannot be used.
       CheckpointError: the work directory has checkpoints, and none is good.
+      NotImplementedError: the backend of attention cannot train this model here.
     """
     data, options = experiment.data, experiment.train
     training, held_out = split(read_corpus(data.path), data.validation_fraction)
@@ -76,7 +77,16 @@ def prepare(experiment: Experiment, workdir: Path) -> Run | None:
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(key)
 
-    batches = iter(train_batches(training, tokenizer, data.batch_size, data.length, data.seed))
+    batches = train_batches(
+        training,
+        tokenizer,
+        data.batch_size,
+        data.length,
+        data.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    batches = iter(batches)
     if data_state is not None:
         batches.set_state(data_state)
     shard = partial(shard_batch, mesh)
@@ -85,6 +95,7 @@ def prepare(experiment: Experiment, workdir: Path) -> Run | None:
     train_step = make_train_step(
         model,
         optimizer,
+        attention=options.attention,
         accumulate=options.accumulate,
         z_loss=options.z_loss,
         ema_decay=options.ema_decay,

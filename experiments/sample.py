@@ -27,6 +27,7 @@ _MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens this likely against
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same samples.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of `kernels.attention`.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per sample.")
 
 
@@ -50,10 +51,11 @@ def main(argv):
             min_p=_MIN_P.value,
             seed=_SEED.value,
             stop=_STOP.value,
+            attention=_ATTENTION.value,
         )
     show = _print_json if _JSON.value else _print_text
     try:
-        with cli.user_errors(FloatingPointError, status=1):
+        with cli.user_errors(NotImplementedError), cli.user_errors(FloatingPointError, status=1):
             show(prompts, _in_order(pieces, len(prompts)))
     except KeyboardInterrupt:
         print()

@@ -33,10 +33,12 @@ def main(argv):
     """Prepares the run that the flags ask for, and does it unless it is finished."""
     del argv
     workdir = Path(_WORKDIR.value)
-    with cli.user_errors(ValueError, OSError, CheckpointError):
+    cli.tell_attention()
+    with cli.user_errors(ValueError, OSError, CheckpointError, NotImplementedError):
         run = prepare(read_config(_CONFIG.value), workdir)
     if run is not None:
-        with cli.user_errors(NotFinite, OSError, CheckpointError, status=1):
+        kinds = NotFinite, OSError, CheckpointError, NotImplementedError
+        with cli.user_errors(*kinds, status=1):
             step = train(run)
         if step < run.experiment.train.steps:
             print(f"stopped after step {step}; the same command goes on from there")
@@ -56,7 +58,8 @@ def train(run: Run) -> int:
       The last step, whose state is saved.
 
     Raises:
-      NotFinite: a loss or gradient is no number; says at which step.
+      NotFinite: a loss, a gradient or a logit is no number; says at which step.
+      NotImplementedError: the backend of attention can train, but not validate or sample.
       CheckpointError, OSError: something could not be written.
     """
     options, every = run.experiment.train, run.experiment.checkpoint.every
@@ -77,7 +80,7 @@ def train(run: Run) -> int:
         write_description(run.workdir, run.model, run.tokenizer)
         checkpoints.discard_after(run.start)
         meter = Meter(run, metrics, progress)
-        eval_step = make_eval_step(run.model)
+        eval_step = make_eval_step(run.model, options.attention)
         state = run.state
         for step in range(run.start + 1, options.steps + 1):
             batch = next(run.batches)
@@ -102,7 +105,7 @@ def train(run: Run) -> int:
                         f"{validation['validation_loss']:.4f}  {bits:.4f} bits per byte"
                     )
                 if writes_sample:
-                    text = sample(run, averaged, seed=step)
+                    text = sample(run, averaged, step)
                     samples.write({"step": step, "text": text})
                     progress.say(f"sample after step {step}:\n{text}")
                 if saves:
@@ -120,12 +123,23 @@ def train(run: Run) -> int:
     return step
 
 
-def sample(run: Run, params, seed: int) -> str:
-    """The beginning of a document as the model would write it."""
+def sample(run: Run, params, step: int) -> str:
+    """The beginning of a document as the model would write it after a step.
+
+    Raises:
+      NotFinite: the logits are no numbers.
+    """
+    options = run.experiment.train
     model = Model(run.model, jax.device_put(params, jax.devices()[0]), run.tokenizer)
-    length = min(run.experiment.train.sample_length, run.model.max_length - 1)
+    length = min(options.sample_length, run.model.max_length - 1)
     prompt = [run.tokenizer.end_of_document]
-    return generate(model, [prompt], max_new_tokens=length, seed=seed)[0].text
+    try:
+        [completion] = generate(
+            model, [prompt], max_new_tokens=length, seed=step, attention=options.attention
+        )
+    except FloatingPointError as error:
+        raise NotFinite(f"sample after step {step}: {error}") from error
+    return completion.text
 
 
 if __name__ == "__main__":

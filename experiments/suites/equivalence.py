@@ -108,7 +108,8 @@ def _difference(arrays, expected):
     return worst / scale
 
 
-def times(config, params, tokens):
+def times(config, params, tokens, attention="auto"):
     """Seconds that each way takes over tokens [T], the median of repeated runs: name -> seconds."""
-    calls = {name: partial(jax.jit(way), params, tokens) for name, way in ways(config).items()}
+    every = ways(config, attention)
+    calls = {name: partial(jax.jit(way), params, tokens) for name, way in every.items()}
     return {name: statistics.median(timed(call, 5, budget=0.5)) for name, call in calls.items()}

@@ -27,6 +27,9 @@ def test_the_benchmark_reports_what_it_measured(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(json_file.read_text())
+    assert report["attention"] == "auto"
+    assert all(line in result.stdout.splitlines() for line in report["attention_chosen"])
+    assert any("'xla'" in line for line in report["attention_chosen"]) or report["device"] != "cpu"
     assert [row["suite"] for row in report["rows"]] == [
         "prefill",
         *("generate",) * 2,
@@ -42,7 +45,7 @@ def test_the_benchmark_reports_what_it_measured(tmp_path):
 
 
 def test_equivalence_prints_a_row_for_each_way():
-    result = program("equivalence", "--preset=tiny", "--length=20", "--json")
+    result = program("equivalence", "--preset=tiny", "--length=20", "--attention=xla", "--json")
     assert result.returncode == 0, result.stderr
     rows = {row["way"]: row for row in map(json.loads, result.stdout.splitlines())}
     assert list(rows) == [
@@ -69,6 +72,8 @@ def test_equivalence_prints_a_row_for_each_way():
         ("benchmark", "--repeats=0", "repeats"),
         ("equivalence", "--preset=gpt5", "--preset=gpt5 does not exist"),
         ("equivalence", "--length=1", "--length=1"),
+        ("equivalence", "--attention=fast", "attention backend 'fast' does not exist"),
+        ("benchmark", "--attention=fast", "attention backend 'fast' does not exist"),
         ("equivalence", "--workdir=nowhere", "nowhere"),
     ],
 )

@@ -89,6 +89,8 @@ def test_a_reader_that_leaves_is_no_error(saved):
     [
         (["--prompt=a", "--workdir=nowhere"], "nowhere"),
         (["--prompt=a", "--top_p=0"], "top_p=0.0"),
+        (["--prompt=a", "--attention=fast"], "attention backend 'fast' does not exist"),
+        (["--prompt=a", "--attention=splash"], "attention backend 'splash': "),
         (["--prompt="], "prompt 0 is empty"),
         (["--prompt=a", "--max_new_tokens=1000"], "max_new_tokens=1000"),
         (["--prompt=a", "--num_samples=0"], "num_samples"),
@@ -107,4 +109,4 @@ def test_help_needs_no_jax():
     code = "import sys, experiments.sample; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     result = sample("--help")
-    assert "--prompt" in result.stdout and "--top_p" in result.stdout
+    assert result.returncode == 0 and "--prompt" in result.stdout and "--top_p" in result.stdout

@@ -20,10 +20,13 @@ from experiments.configs import demo, gpt2, tiny
 from experiments.meter import NotFinite
 from experiments.metrics import METRICS_FILE, SAMPLES_FILE, Log, read_rows
 from experiments.process import only_process
+from experiments.progress import Progress
 from experiments.run import prepare
-from experiments.train import train
+from experiments.train import sample, train
+from kernels.backends import AUTO
 from transformer import Config, load, presets
 from transformer.checkpoint import CheckpointError, Checkpoints
+from transformer.flops import flops_per_token
 
 ROOT = Path(__file__).parents[2]
 RANDOM = np.random.default_rng()
@@ -150,6 +153,7 @@ def test_interrupted_runs_equal_an_uninterrupted_one(corpus, reference, tmp_path
     workdir = tmp_path / "run"
     out, err, terminated_at = signal_after(start(workdir, corpus), workdir, 30, signal.SIGTERM)
     assert f"stopped after step {terminated_at}" in out, err
+    assert out.startswith("attention on a cpu runs on the backend 'xla'\n")
     assert 30 <= terminated_at < STEPS
 
     process = start(workdir, corpus)
@@ -233,6 +237,34 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(corpus, tmp_path, mon
     load(tmp_path)
 
 
+@pytest.mark.parametrize("attention", ["reference", "xla"])
+def test_a_run_on_a_chosen_backend_of_attention_says_its_mfu(
+    corpus, tmp_path, monkeypatch, attention
+):
+    monkeypatch.setattr("kernels.backends.AUTO", dict.fromkeys(AUTO, ()))  # "auto" would fail
+    monkeypatch.setattr("experiments.meter.peak_flops", lambda device: 1e12)
+    changes = {"train__steps": 2, "optimizer__warmup_steps": 1, "train__attention": attention}
+    run, last = run_in_process(experiment(corpus, **changes), tmp_path)
+    rows = [row for row in read_rows(tmp_path / METRICS_FILE) if "loss" in row]
+    flops = flops_per_token(run.model, run.experiment.data.length)
+    assert last == len(rows) == 2
+    for row in rows:
+        np.testing.assert_allclose(row["mfu"], row["tokens_per_second"] * flops / 1e12)
+
+
+def test_a_sample_of_parameters_that_are_no_numbers(corpus, tmp_path):
+    run = prepare(experiment(corpus), tmp_path)
+    params = jax.tree.map(lambda x: x * np.nan, run.state.params)
+    with pytest.raises(NotFinite, match=r"sample after step 7: the logits .* are not finite"):
+        sample(run, params, 7)
+
+
+def test_what_is_said_holds_no_control_characters(capsys):
+    with Progress(0, 1) as progress:
+        progress.say("a\nc\x1b[31m\r\x07\x9b\u00e9")
+    assert capsys.readouterr().out == "a\nc\\x1b[31m\\x0d\\x07\\x9b\u00e9\n"
+
+
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
     with (
         only_process(tmp_path),
@@ -270,6 +302,7 @@ def test_a_run_goes_on_only_as_it_began(corpus, reference, changes, kind, messag
         ({"checkpoint__keep_best": -1}, "keep_best=-1; it is 0 or more"),
         ({"data__tokenizer": "words"}, "'words' does not exist; choose bytes or bpe"),
         ({"data__seed": -1}, "seed is -1"),
+        ({"train__attention": "fast"}, "attention backend 'fast' does not exist; choose .* xla"),
         ({"model__num_heads": 5}, "width=32 is no multiple of num_heads=5"),
     ],
 )
@@ -295,6 +328,7 @@ def test_a_file_that_is_not_utf8(tmp_path):
         (["--config.train.stepz=3"], "unknown config field: 'stepz'"),
         (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
         (["--config.data.path=/nowhere/*"], "no file matches '/nowhere/*'"),
+        (["--config.train.attention=splash"], "attention backend 'splash': it runs on TPUs"),
     ],
 )
 def test_the_command_reports_wrong_use_in_one_line(tmp_path, corpus, flags, message):
