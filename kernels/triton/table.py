@@ -1,7 +1,8 @@
 """How each kernel is launched; `kernels.triton.search` writes here what it finds.
 
 {(architecture, bits of the dtype, width of a head): {kernel: (tile of queries, tile of keys, warps,
-stages)}}. The largest tiles that need no stack and no spilled register; not yet timed on a GPU.
+stages)}}. Large tiles that need no stack and no spilled register, with triton 3.6.0 and 3.7.1; not
+yet timed on a GPU.
 """
 
 TABLE = {
