@@ -6,16 +6,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.cudnn import fused_attention_stablehlo
 
 import kernels.splash
 import kernels.xla
 from kernels import attention
+from kernels.target import target
 
-BACKENDS = ("xla", "triton_interpret", "splash_interpret", "cudnn")
-# What a backend says that it cannot do; test_limits_are_said holds it to that.
-LACKS = {"splash_interpret": {"alibi", "kv_positions", "lse"}}
+# Those for a device that is not here skip, with their reason.
+TARGETS = {"triton": ("gpu", 90), "splash": ("tpu",), "cudnn": ("gpu", 90)}
+BACKENDS = ("xla", "triton_interpret", "splash_interpret", *TARGETS)
+# What a backend cannot do, and says itself (test_limits_are_said). CUDNN holds limits of cuDNN: of
+# GPUs before Hopper, of a backward pass that adds in any order, and of lengths with a gradient.
+SPLASH = {"alibi", "kv_positions", "lse"}
+ONE_QUERY = {"q_positions", "kv_length"}  # for several queries only; for one, it lacks windows
+NO_MODE = {"q_starts", "sinks", "soft_cap", "float32", "mixed dtypes"}
+CUDNN = {"H=256", "same bits", "gradient of odd length"}
+LACKS = dict.fromkeys(BACKENDS, frozenset()) | {
+    "splash": SPLASH,
+    "splash_interpret": SPLASH,
+    "cudnn": SPLASH | ONE_QUERY | NO_MODE | CUDNN,
+}
 # What unseen cells hold. xla and splash multiply it by a weight of zero, so it must be finite.
-GARBAGE = {"xla": 1e30, "splash_interpret": 1e30, "triton_interpret": np.nan}
+# cudnn is not asked: it takes no positions that leave cells unseen.
+GARBAGE = {"xla": 1e30, "triton": np.nan, "splash": 1e30}
 # Largest difference from float64, in units of the largest value of the result. float32: sums of up
 # to some hundred products, each rounded by 6e-8. The others: inputs are exact in both, weights and
 # results are rounded once (bfloat16 8 bits, float16 11 bits), and a gradient is a product of those.
@@ -42,14 +56,29 @@ def backend(request):
     return request.param
 
 
+def needs(backend, *features):
+    """Skips a test of what a backend cannot do."""
+    if lacking := LACKS[backend].intersection(features):
+        pytest.skip(f"{backend} lacks {', '.join(sorted(lacking))}")
+
+
+def precise(backend):
+    """The dtype with the most digits that a backend takes."""
+    return "float16" if "float32" in LACKS[backend] else "float32"
+
+
 @st.composite
 def problems(draw, lacks=()):
     """Operands of `attention` as float64 arrays that the dtype holds exactly, and its options."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    dtype = draw(st.sampled_from([name for name in TOLERANCE if name not in lacks]))
     B, S = draw(st.integers(1, 2)), draw(st.integers(1, 150))
     T = draw(st.just(1) | st.integers(1, 80))
-    K, G, H = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([32, 40, 256]))
+    sizes = [H for H in (32, 40, 256) if f"H={H}" not in lacks]
+    K, G, H = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(sizes))
+    if "q_positions" in lacks:
+        T = max(1, min(T, S) // 2 * 2)
+        lacks = lacks - ONE_QUERY | {"window"} if T == 1 else lacks
     maybe = lambda name: name not in lacks and draw(st.booleans())
     normal = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape), dtype), np.float64)
     arrays = {"q": normal(B, T, K * G, H), "k": normal(B, S, K, H), "v": normal(B, S, K, H)}
@@ -59,11 +88,12 @@ def problems(draw, lacks=()):
     q_positions = np.sort(rng.integers(0, S + 5, (rows, T)), axis=1)
     q_positions[rng.random((rows, T)) < 0.1] = -1
     options = {
-        "q_positions": q_positions.astype(np.int32),
-        "window": draw(st.sampled_from([None, 1, 20, 64])),
-        "soft_cap": draw(st.sampled_from([None, 2.0])),
+        "window": draw(st.sampled_from([None, 1, 20, 64])) if "window" not in lacks else None,
+        "soft_cap": 2.0 if maybe("soft_cap") else None,
         "scale": draw(st.sampled_from([None, 0.3])),
     }
+    if "q_positions" not in lacks:
+        options["q_positions"] = q_positions.astype(np.int32)
     if maybe("kv_positions"):  # any order, some cells empty
         held = np.stack([rng.permutation(S + 9)[:S] for _ in range(rows)])
         options["kv_positions"] = held.astype(np.int32) - 5
@@ -78,9 +108,12 @@ def problems(draw, lacks=()):
     return arrays, options, dtype
 
 
-def run(arrays, options, backend, dtype, lse=True):
-    """Outputs and gradients of one backend, as float64 arrays."""
-    arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+def has_gradient(backend, T):
+    return T % 2 == 0 or "gradient of odd length" not in LACKS[backend]
+
+
+def function(options, backend, lse=True, gradient=True):
+    """A function of the arrays: their gradients where there are to be any, and outputs."""
 
     def loss(arrays):
         result = attention(**arrays, **options, backend=backend, return_lse=lse)
@@ -91,13 +124,22 @@ def run(arrays, options, backend, dtype, lse=True):
         wide = jnp.promote_types(z.dtype, jnp.float32)
         return (jnp.sin(z.astype(wide)) * weights).sum() + 0.1 * finite.sum(), (z, finite)
 
-    results = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    return jax.grad(loss, has_aux=True) if gradient else lambda arrays: (None, loss(arrays)[1])
+
+
+def cast(arrays, dtype):
+    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+
+
+def run(arrays, options, backend, dtype, lse=True, gradient=True):
+    """Gradients and outputs of one backend, as float64 arrays."""
+    results = jax.jit(function(options, backend, lse, gradient))(cast(arrays, dtype))
     return jax.tree.map(lambda x: np.asarray(x, np.float64), results)
 
 
-def reference(arrays, options, lse=True):
+def reference(arrays, options, lse=True, gradient=True):
     with jax.enable_x64(True):
-        return run(arrays, options, "reference", jnp.float64, lse)
+        return run(arrays, options, "reference", jnp.float64, lse, gradient)
 
 
 def assert_close(actual, expected, tolerance):
@@ -108,11 +150,27 @@ def assert_close(actual, expected, tolerance):
 @settings(max_examples=7)
 @given(data=st.data())
 def test_outputs_and_gradients_equal_the_reference(backend, data):
-    lacks = LACKS.get(backend, set())
-    arrays, options, dtype = data.draw(problems(lacks))
-    lse = "lse" not in lacks
-    actual = run(arrays, options, backend, dtype, lse)
-    assert_close(actual, reference(arrays, options, lse), TOLERANCE[dtype])
+    arrays, options, dtype = data.draw(problems(LACKS[backend]))
+    results = "lse" not in LACKS[backend], has_gradient(backend, arrays["q"].shape[1])
+    actual = run(arrays, options, backend, dtype, *results)
+    assert_close(actual, reference(arrays, options, *results), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", TARGETS)
+@settings(max_examples=7)
+@given(data=st.data())
+def test_a_backend_of_another_platform_takes_what_would_test_it(backend, data):
+    """Traced only, so that the test above is ready for the day when it runs on that platform."""
+    arrays, options, dtype = data.draw(problems(LACKS[backend]))
+    results = "lse" not in LACKS[backend], has_gradient(backend, arrays["q"].shape[1])
+    with target(*TARGETS[backend]), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+        try:
+            jax.eval_shape(function(options, backend, *results), cast(arrays, dtype))
+        except NotImplementedError as error:
+            if "it needs jax-triton" not in str(error):
+                raise
+            pytest.skip(str(error))
 
 
 def small_problem(T=50, S=70, N=4, K=2, H=32):
@@ -126,12 +184,13 @@ def small_problem(T=50, S=70, N=4, K=2, H=32):
 
 def test_cells_that_no_query_sees_change_nothing(backend):
     """Garbage in them, and in the other row, leaves every bit as it was; their gradient is zero."""
+    needs(backend, "q_positions")
     arrays = small_problem()
     options = {"window": 7, "q_positions": np.stack([np.arange(10, 60), np.full(50, -1)])}
     unseen = np.stack([(np.arange(70) < 4) | (np.arange(70) >= 60), np.ones(70, bool)])
-    spoiled = dict(arrays)
+    spoiled, filling = dict(arrays), GARBAGE[backend.removesuffix("_interpret")]
     for name in ("k", "v"):
-        garbage = np.random.default_rng().choice([1, -1], arrays[name].shape) * GARBAGE[backend]
+        garbage = np.random.default_rng().choice([1, -1], arrays[name].shape) * filling
         spoiled[name] = np.where(unseen[:, :, None, None], garbage, arrays[name])
     clean, dirty = (run(x, options, backend, jnp.float32, False) for x in (arrays, spoiled))
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
@@ -142,6 +201,7 @@ def test_cells_that_no_query_sees_change_nothing(backend):
 
 
 def test_the_same_bits_every_run(backend):
+    needs(backend, "same bits")
     arrays = small_problem()
     first, again = (run(arrays, {"window": 9}, backend, jnp.float32, False) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -149,17 +209,20 @@ def test_the_same_bits_every_run(backend):
 
 @pytest.mark.parametrize("T", [1, 40])
 def test_vmap_in_either_order_of_grad(backend, T):
+    if not has_gradient(backend, T):
+        pytest.skip(f"{backend} has no gradient for an odd number of queries")
     rng = np.random.default_rng()
-    q, k, v = (jnp.asarray(rng.normal(size=(3, 1, n, 2, 32)), jnp.float32) for n in (T, 40, 40))
-    loss = lambda q, k, v: jnp.sin(attention(q, k, v, backend=backend)).sum()
+    dtype = precise(backend)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 1, n, 2, 32)), dtype) for n in (T, 40, 40))
+    loss = lambda q, k, v: jnp.sin(attention(q, k, v, backend=backend)).sum(dtype=jnp.float32)
     outside = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(q, k, v)
     inside = jax.jit(jax.grad(lambda *a: jax.vmap(loss)(*a).sum(), (0, 1, 2)))(q, k, v)
-    for x, y in zip(outside, inside, strict=True):  # the same sums, maybe in another order
-        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert_close(outside, inside, TOLERANCE[dtype])  # the same sums, maybe in another order
 
 
 def test_queries_wider_than_keys(backend):
     """A bfloat16 block read by float32 queries, as a cache may be."""
+    needs(backend, "mixed dtypes")
     arrays = small_problem()
     q, k, v = (jnp.asarray(arrays[name], jnp.bfloat16) for name in ("q", "k", "v"))
     options = {"q_positions": np.arange(20, 70)[None]}
@@ -171,16 +234,16 @@ def test_queries_wider_than_keys(backend):
 
 
 def test_documents_packed_in_a_row_equal_documents_apart(backend):
+    needs(backend, "q_starts")
     lengths = [17, 16, 17]
     arrays = {n: x[:1] for n, x in small_problem(50, 50).items()}
-    cast = lambda arrays: {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
     ids = np.repeat([7, 2, 9], lengths)[None]  # in no order
-    packed = attention(**cast(arrays), segments=ids, backend=backend)
-    pair = attention(**cast(arrays), segments=(ids, ids), backend=backend)
+    packed = attention(**cast(arrays, jnp.float32), segments=ids, backend=backend)
+    pair = attention(**cast(arrays, jnp.float32), segments=(ids, ids), backend=backend)
     np.testing.assert_array_equal(packed, pair)
     ends = np.cumsum(lengths)
     for begin, end in zip(ends - lengths, ends, strict=True):
-        alone = cast({name: x[:, begin:end] for name, x in arrays.items()})
+        alone = cast({name: x[:, begin:end] for name, x in arrays.items()}, jnp.float32)
         # The same numbers, summed in tiles that begin elsewhere.
         np.testing.assert_allclose(
             packed[:, begin:end], attention(**alone, backend="reference"), atol=1e-5
@@ -193,18 +256,43 @@ def test_a_document_without_keys_reads_nothing():
     np.testing.assert_array_equal(z[0, :, 0, 0], [1, 1, 0])
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"alibi": np.ones(4)}, "it has no ALiBi"),
-        ({"kv_positions": np.arange(70)[None]}, "it has no positions of keys"),
-        ({"return_lse": True}, "it does not give the log-sum-exp"),
-    ],
-)
-def test_limits_are_said(options, reason):
-    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in small_problem().items()}
-    with pytest.raises(NotImplementedError, match=f"'splash_interpret': {reason}"):
-        attention(**arrays, **options, backend="splash_interpret")
+LIMITS = {
+    "alibi": ({"alibi": np.ones(4)}, "it has no ALiBi"),
+    "kv_positions": ({"kv_positions": np.arange(70)[None]}, "it has no positions of keys"),
+    "lse": ({"return_lse": True}, "it does not give the log-sum-exp"),
+    "q_positions": ({"q_positions": np.arange(50)[None] + 1}, "it needs positions 0..T-1 known"),
+    "kv_length": ({"kv_length": 60}, "it needs positions 0..T-1 known"),
+    "q_starts": ({"q_starts": np.zeros((1, 50), int)}, "it has no first positions"),
+    "sinks": ({"sinks": np.zeros(4)}, "it has no sinks"),
+    "soft_cap": ({"soft_cap": 2.0}, "it has no soft cap"),
+    "float32": ({"q": np.zeros((2, 50, 4, 32), np.float32)}, "it takes float16 and bfloat16 only"),
+    "mixed dtypes": ({"q": jnp.zeros((2, 50, 4, 32), jnp.bfloat16)}, "must have one dtype"),
+    "gradient of odd length": (
+        {name: np.zeros((2, 3, 2, 32), np.float16) for name in "qkv"},
+        "Unsupported sequence length Q 3",
+    ),
+    "window of one query": (
+        {"q": np.zeros((2, 1, 4, 32), np.float16), "window": 9},
+        "it has no window for a single query",
+    ),
+}
+
+
+CASES = [(b, name) for b in ("splash", "cudnn") for name in LIMITS if name in LACKS[b]]
+
+
+@pytest.mark.parametrize(("backend", "feature"), [*CASES, ("cudnn", "window of one query")])
+def test_limits_are_said(backend, feature, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    options, reason = LIMITS[feature]
+    arguments = cast(small_problem(), precise(backend)) | options
+    q = jnp.asarray(arguments.pop("q"))
+    result = lambda q: jax.tree.leaves(attention(q, **arguments, backend=backend))[0]
+    with (
+        target(*TARGETS[backend]),
+        pytest.raises(NotImplementedError, match=f"'{backend}': .*{reason}"),
+    ):
+        jax.eval_shape(jax.grad(lambda q: result(q).sum()), q)
 
 
 def test_splash_packs_documents_in_up_to_32768_cells():

@@ -12,8 +12,8 @@ from kernels.write_read import write_read
 B, L, S, N, K, H = 2, 3, 24, 4, 2, 32
 LAYOUTS = {"": None, "B": None, "L": 1, "BL": 2}  # axes in front of [K, S, H]: the layer that runs
 # splash has no way of its own to run one token, so blocks do not meet it as they lie.
-CASES = [(b, x) for b in ("xla", "triton_interpret") for x in LAYOUTS] + [
-    ("splash_interpret", "BL")
+CASES = [(b, x) for b in ("xla", "triton_interpret", "triton") for x in LAYOUTS] + [
+    (b, "BL") for b in ("splash_interpret", "splash")
 ]
 
 
