@@ -35,7 +35,7 @@ def split_by_rows_and_heads(
       result_axes: of each result.
 
     Returns:
-      The results. On one device, and inside of `shard_map`, it is nothing but the call.
+      The results. On one device it is nothing but the call.
     """
     if jax.device_count() == 1:
         return tuple(function(*operands))
