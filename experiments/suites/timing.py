@@ -113,7 +113,7 @@ def measure_limits(dtype) -> Limits:
 
     def multiply(a, b):
         program, _ = compiled(jnp.matmul, a, b)
-        return timed(lambda: program(a, b), 7)[0]
+        return statistics.median(timed(lambda: program(a, b), 7))
 
     def negate():  # in place: new memory would be timed with it
         nonlocal tall
@@ -122,5 +122,5 @@ def measure_limits(dtype) -> Limits:
 
     read = tall.nbytes / multiply(tall, vector)
     negative, _ = compiled(jnp.negative, tall, donate=0)
-    copy = 2 * tall.nbytes / timed(negate, 7)[0]
+    copy = 2 * tall.nbytes / statistics.median(timed(negate, 7))
     return Limits(read, copy, flops=2 * side**3 / multiply(square, square))

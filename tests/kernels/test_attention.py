@@ -42,6 +42,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels.xla, "KEY_TILE", 16)
     monkeypatch.setattr(kernels.xla, "QUERY_ROWS", 24)
     monkeypatch.setattr(kernels.xla, "LARGE_KEY_TILE", 48)
+    monkeypatch.setattr(kernels.xla, "PARTS", 2)
     monkeypatch.setattr(kernels.splash, "TILE", 128)
 
 
