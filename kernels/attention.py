@@ -44,7 +44,7 @@ def attention(
       soft_cap: cap * tanh(score / cap) on the scaled scores; None: off.
       sinks: [N] logits that join the softmax's denominator; None: none.
       alibi: [N] slopes, score -= slope * (i - p); constants, without a gradient.
-      scale: factor on q.k; None: 1/sqrt(H).
+      scale: factor on q.k, above 0; None: 1/sqrt(H).
       backend: "auto" or one of `kernels.backends.BACKENDS`.
       return_lse: also return the log-sum-exp of the scores.
 
@@ -55,25 +55,27 @@ def attention(
     Raises:
       ValueError: the shapes do not fit together, an option is out of its range, or there is no such
         backend.
-      TypeError: an array has the wrong kind of numbers.
+      TypeError: an array has the wrong kind of numbers, or window is no integer.
       NotImplementedError: the backend cannot do what is asked, for the reason given.
     """
     _check_heads(q, k, v)
     B, T, N, H = q.shape
     S = k.shape[1]
+    # NumPy's arrays and lists stay known while tracing, which some backends need.
+    q_positions = np.arange(T)[None] if q_positions is None else q_positions
+    q_positions, kv_positions, q_starts = map(_array, (q_positions, kv_positions, q_starts))
+    sinks, alibi = map(_array, (sinks, alibi))
     _check_rows("q_positions", q_positions, B, T)
     _check_rows("kv_positions", kv_positions, B, S)
     _check_rows("q_starts", q_starts, B, T)
     for name, x in (("sinks", sinks), ("alibi", alibi)):
         if x is not None and jnp.shape(x) != (N,):
             raise ValueError(f"{name} has shape {jnp.shape(x)}; it is [N={N}], one per query head.")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}; a query sees at least 1 position, its own.")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap={soft_cap}; it must be above 0, or None.")
+    options = Options(H**-0.5 if scale is None else scale, window, soft_cap)
 
-    if q_positions is None:  # known while tracing, which some backends need
-        q_positions = np.arange(T, dtype=np.int32)[None]
+    narrow = lambda x: None if x is None else x.astype(np.int32)
+    q_positions, kv_positions, q_starts = map(narrow, (q_positions, kv_positions, q_starts))
+    sinks, alibi = (None if x is None else jnp.asarray(x) for x in (sinks, alibi))
     if segments is not None:
         if q_starts is not None or kv_positions is not None:
             raise ValueError("segments goes without q_starts and kv_positions; give one of them.")
@@ -86,7 +88,6 @@ def attention(
             cells = jnp.arange(S, dtype=jnp.int32)[None]
             positions = cells if kv_positions is None else kv_positions
             kv_positions = jnp.where(cells < length, positions, -1)
-    options = Options(H**-0.5 if scale is None else float(scale), window, soft_cap)
 
     def attend(module):
         z, lse = module.attend(
@@ -122,6 +123,10 @@ def _check_heads(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} holds {x.dtype}; attention takes floating-point numbers.")
+
+
+def _array(x):
+    return x if x is None or isinstance(x, jax.Array) else np.asarray(x)
 
 
 def _check_rows(name, x, rows, length):

@@ -1,5 +1,7 @@
 """The static choices of one attention, shared by every backend."""
 
+import math
+import operator
 from dataclasses import dataclass
 
 
@@ -7,11 +9,37 @@ from dataclasses import dataclass
 class Options:
     """How scores are made and which keys are seen; hashable, so it can be a static argument.
 
-    scale: factor on q.k, usually 1/sqrt(H).
-    window: a query at position i sees the positions i - window + 1 .. i; None: all up to i.
-    soft_cap: cap * tanh(score / cap) on the scaled scores (Gemma 2, arXiv:2408.00118); None: off.
+    scale: factor on q.k, usually 1/sqrt(H); above 0.
+    window: a query at position i sees the positions i - window + 1 .. i, at least 1; None: all up
+      to i.
+    soft_cap: cap * tanh(score / cap) on the scaled scores, above 0 (Gemma 2, arXiv:2408.00118);
+      None: off.
+
+    Numbers of NumPy become Python's, which compilers of kernels take for constants.
+
+    Raises:
+      ValueError: a number is out of its range.
+      TypeError: window is no integer.
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+
+    def __post_init__(self):
+        for name in ("scale", "soft_cap"):
+            value = getattr(self, name)
+            if value is None and name == "soft_cap":
+                continue
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}; it is a number above 0.")
+            object.__setattr__(self, name, float(value))
+        if self.window is not None:
+            try:
+                object.__setattr__(self, "window", operator.index(self.window))
+            except TypeError:
+                raise TypeError(f"window={self.window}; it is an integer, or None.") from None
+            if self.window < 1:
+                raise ValueError(
+                    f"window={self.window}; a query sees at least 1 position, its own."
+                )

@@ -1,4 +1,4 @@
-"""Splitting a kernel over devices under plain jit.
+"""Several devices: splitting a kernel over them under plain jit, and being inside of `shard_map`.
 
 To XLA a kernel is one opaque call: given sharded operands, it would gather them and run the whole
 on every device. Attention is independent for each sequence and for each key head with its queries,
@@ -87,6 +87,26 @@ def foldable(function: Callable, axes: Sequence[str], result_axes: Sequence[str]
         return unfolded, jax.tree.map(lambda _: True, results)
 
     return folded
+
+
+def vary_like(tree, like):
+    """Marks arrays as varying over every mesh axis of `shard_map` that one of `like` varies over.
+
+    Loops and kernels need it, whose operands and results must vary alike. The gradient of an array
+    that was the same on every device is then summed over the devices by JAX itself.
+    """
+    axes = frozenset().union(*map(varying, jax.tree.leaves(like)))
+
+    def mark(x):
+        missing = tuple(axes - varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
+def varying(x) -> frozenset[str]:
+    """The mesh axes of `shard_map` that an array varies over; none outside, or with no check."""
+    return jax.typeof(x).mat.varying
 
 
 def _split(mesh, shapes, axes, num_kv_heads):

@@ -42,8 +42,10 @@ def attend(
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.astype(dtype)[:, None, None], (B, N, T, 1))
         scores = jnp.concatenate([scores, sink], axis=-1)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    nothing = jnp.isneginf(lse)
-    weights = jnp.exp(scores - jnp.where(nothing, 0, lse)[..., None])[..., :S]
+    # Where nothing is read, -inf takes part in no sum: its gradient would be nan.
+    nothing = jnp.isneginf(scores).all(-1, keepdims=True)
+    lse = jax.nn.logsumexp(jnp.where(nothing, 0, scores), axis=-1, keepdims=True)
+    weights = jnp.where(nothing, 0, jnp.exp(scores - lse))[..., :S]
+    lse = jnp.where(nothing, -jnp.inf, lse)[..., 0]
     z = jnp.einsum("bnts,bnsh->btnh", weights, values, precision="highest")
     return z.astype(q.dtype), jnp.moveaxis(lse, 1, 2)

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from kernels.options import Options
-from kernels.partition import foldable
+from kernels.partition import foldable, varying
 from kernels.target import platform
 
 LANES = 128  # tiles are multiples of a vector register's lanes
@@ -61,11 +61,11 @@ def attend(
       interpret: run the kernel's program on the platform at hand, for tests.
 
     Raises:
-      NotImplementedError: positions of keys, ALiBi, starts in a block of more than 32768 cells, or
-        this is no TPU.
+      NotImplementedError: positions of keys, ALiBi, starts in a block of more than 32768 cells,
+        float64, a `shard_map` that checks what varies, or this is no TPU.
     """
     B, T, N, _ = q.shape
-    _check(keys.shape[2], kv_positions, q_starts, alibi, interpret)
+    _check(q, keys, kv_positions, q_starts, alibi, interpret)
     operands = (q, keys, values, q_positions, q_starts, sinks)
     if jax.device_count() == 1:
         return _run(options, interpret, *operands)[0], None
@@ -140,12 +140,17 @@ def _run(options, interpret, q, keys, values, q_positions, q_starts, sinks):
     return (jnp.where(empty[:, :, None, None], 0, z).astype(q.dtype),)
 
 
-def _check(num_cells, kv_positions, q_starts, alibi, interpret):
+def _check(q, keys, kv_positions, q_starts, alibi, interpret):
+    num_cells = keys.shape[2]
     if platform() != "tpu" and not interpret:
         raise NotImplementedError(
             f"it runs on TPUs, and this is a {platform()}; to lower for a TPU that is not there, "
             "trace under kernels.target.target('tpu')."
         )
+    if jnp.float64 in (q.dtype, keys.dtype):
+        raise NotImplementedError("it has no float64.")
+    if varying(q):
+        raise NotImplementedError("inside shard_map it takes check_vma=False.")
     if kv_positions is not None:
         raise NotImplementedError("it has no positions of keys.")
     if alibi is not None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kernels.backends import run
 from kernels.cells import is_batched, is_ring, take, write, write_ring
 from kernels.options import Options
+from kernels.partition import vary_like
 
 
 def write_read(
@@ -34,10 +35,13 @@ def write_read(
       sinks, alibi: [N] or None, as in `kernels.attention`.
       options, backend: static.
 
+    `triton` has no batching rule for one token: sequences are the leading axis.
+
     Returns:
       keys, values with the new cells, and z [B, T, N, H].
     """
-    return _write_read(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi)
+    operands = (keys, values, layer, cells, starts, k, v, q, sinks, alibi)
+    return _write_read(options, backend, *vary_like(operands, operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

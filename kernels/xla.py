@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kernels.cells import corner, is_batched, is_ring, ring_positions, write_one
 from kernels.options import Options
+from kernels.partition import vary_like
 
 QUERY_ROWS = 256
 KEY_TILE = 256
@@ -54,7 +55,8 @@ def attend(
       of the scores in float32, -inf where a query reads nothing. Both have gradients, for q, keys,
       values and sinks.
     """
-    return _attend(options, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi)
+    operands = (q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi)
+    return _attend(options, *vary_like(operands, operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -123,7 +125,8 @@ def forward(
         rows = query["q"].shape
         dtype = _accumulator(q)
         state = jnp.full(rows[:-1], MASKED, dtype), jnp.zeros(rows[:-1], dtype)
-        peak, total, mixed = masking.loop(query, step, (*state, jnp.zeros(rows, dtype)))
+        state = vary_like((*state, jnp.zeros(rows, dtype)), q)
+        peak, total, mixed = masking.loop(query, step, state)
         if sinks is not None:
             sink = _grouped_heads(sinks.astype(dtype), num_kv_heads)
             new_peak = jnp.maximum(peak, sink)
@@ -183,11 +186,11 @@ def _backward(options, operands, z, lse, dz, dlse):
             dkeys = masking.add(dkeys, begin, _dot("bktgs,bktgh->bksh", dscores, query["q"]))
             return dq + _dot("bktgs,bksh->bktgh", dscores, key), dkeys, dvalues
 
-        zero = jnp.zeros(query["q"].shape, dtype)
+        zero = vary_like(jnp.zeros(query["q"].shape, dtype), q)
         dq, *gradients = masking.loop(query, step, (zero, *gradients))
         return tuple(gradients), dq
 
-    gradients = jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)
+    gradients = vary_like((jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)), q)
     per_query = {"q": q, "dz": dz, "lse": lse, "delta": delta}
     queries = _tile_queries(per_query, q_positions, q_starts, num_kv_heads)
     several = _several(queries)
@@ -196,7 +199,9 @@ def _backward(options, operands, z, lse, dz, dlse):
     )
     dsinks = None
     if sinks is not None:
-        dsinks = -jnp.einsum("btn,btn->n", jnp.exp(sinks - lse), delta).astype(sinks.dtype)
+        # A query that reads nothing has no weight for a sink of -inf either.
+        weights = jnp.exp(sinks - jnp.where(jnp.isneginf(lse), 0, lse))
+        dsinks = -jnp.einsum("btn,btn->n", weights, delta).astype(sinks.dtype)
     return (
         _untile(dq, q, several).astype(q.dtype),
         dkeys.astype(keys.dtype),

@@ -4,6 +4,8 @@ import jax
 import jax_triton
 import triton
 
+from kernels.partition import vary_like
+
 # Triton writes PTX for the assembler it comes with, and the assembler that runs it may be older:
 # that of JAX, or the driver's. With the older of Triton's two, PTX is 8.7 on every architecture.
 triton.knobs.nvidia.ptxas_blackwell = triton.knobs.nvidia.ptxas.path
@@ -42,14 +44,4 @@ def call(kernel, *operands, outputs, programs, launch, architecture, aliases=Non
         **{name: size for name, size in tiles.items() if name in kernel.arg_names},
         **constants,
     )
-    return [vary_like(x, arrays) for x in results]
-
-
-def vary_like(x, arrays):
-    """Marks x as varying over every mesh axis of `shard_map` that one of `arrays` varies over."""
-    axes = frozenset().union(*(_varying(a) for a in arrays)) - _varying(x)
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
-def _varying(x):
-    return jax.typeof(x).mat.varying
+    return vary_like(results, arrays)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels.options import Options
-from kernels.partition import foldable
+from kernels.partition import foldable, vary_like
 from kernels.target import architecture
-from kernels.triton.adapter import call, vary_like
+from kernels.triton.adapter import call
 from kernels.triton.backward_kernels import dkdv_kernel, dq_kernel
 from kernels.triton.forward_kernel import forward_kernel
 from kernels.triton.launches import launch, width
@@ -53,7 +53,7 @@ def attend(
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
     """
     B, _, N, _ = q.shape
-    dtype = keys.dtype if keys.dtype.itemsize < q.dtype.itemsize else q.dtype
+    dtype = q.dtype if q.dtype.itemsize < keys.dtype.itemsize else keys.dtype
 
     def rows(x):
         return None if x is None else jnp.broadcast_to(x.astype(jnp.int32), (B, x.shape[1]))
@@ -71,9 +71,7 @@ def attend(
         heads(sinks),
         heads(alibi),
     )
-    # Inside shard_map all operands vary alike, so that JAX itself sums the gradient of one that is
-    # the same on every device.
-    operands = jax.tree.map(lambda x: vary_like(x, jax.tree.leaves(operands)), operands)
+    operands = vary_like(operands, operands)
     z, lse = _attend(options, architecture() if on is None else on, *operands)
     return z.astype(q.dtype), lse.swapaxes(1, 2)
 
@@ -190,7 +188,9 @@ def _backward(
     )
     if sinks is None:
         return dq, dkeys, dvalues
-    return dq, dkeys, dvalues, -(jnp.exp(sinks[:, :, None] - lse) * delta).sum(2)
+    # A query that reads nothing has no weight for a sink of -inf either.
+    weights = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), 0, lse))
+    return dq, dkeys, dvalues, -(weights * delta).sum(2)
 
 
 def _like(x):

@@ -34,13 +34,14 @@ def _weights_and_dscores(
     UNIT: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """The weights, and the gradient of SCALE * q.k, of one tile where all is visible.
+    """The weights, and the gradient of q.k, of one tile where all is visible.
 
-    `lse` counts in powers of two.
+    `lse` counts in powers of two, `delta` is multiplied by SCALE already: what is left of the scale
+    joins the subtraction, and float16 rounds numbers of the size of the result.
     """
     s, tanh = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
     weights = tl.exp2(s * UNIT - lse)
-    dscores = weights * (dweights - delta)
+    dscores = weights * (dweights * SCALE - delta)
     if SOFT_CAP is not None:
         dscores *= 1.0 - tanh * tanh
     return weights, dscores
@@ -63,7 +64,7 @@ def _read_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The gradient [BLOCK_M, WIDTH] of SCALE * query, summed over the visible keys."""
+    """The gradient [BLOCK_M, WIDTH] of the query, summed over the visible keys."""
     query, dz, lse, delta = rows
     first, last = intervals
     span, full, hull = visible
@@ -148,7 +149,7 @@ def dq_kernel(
         load_rows(q, offsets, H, inside, H, WIDTH),
         load_rows(dz, offsets, H, inside, H, WIDTH),
         tl.load(lse + head * T + rows, mask=inside, other=0.0) * LOG2E,
-        tl.load(delta + head * T + rows, mask=inside, other=0.0),
+        tl.load(delta + head * T + rows, mask=inside, other=0.0) * SCALE,
     )
     slope = 0.0
     if HAS_ALIBI:
@@ -169,7 +170,7 @@ def dq_kernel(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
     )
-    store_rows(dq, offsets, H, inside, total * SCALE, H, WIDTH)
+    store_rows(dq, offsets, H, inside, total, H, WIDTH)
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def _read_dkdv(
             last = tl.load(q_positions + rows, mask=inside, other=-1)
             distance = last[None, :] - positions[:, None]
         lse_row = tl.load(lse + rows, mask=inside, other=0.0) * LOG2E
-        delta_row = tl.load(delta + rows, mask=inside, other=0.0)
+        delta_row = tl.load(delta + rows, mask=inside, other=0.0) * SCALE
         weights, dscores = _weights_and_dscores(
             tl.dot(key, tl.trans(query), input_precision=PRECISION),
             tl.dot(value, tl.trans(dz_tile), input_precision=PRECISION),
@@ -310,5 +311,5 @@ def dkdv_kernel(
             HAS_ALIBI=HAS_ALIBI,
             BLOCK_M=BLOCK_M,
         )
-    store_rows(dkeys, offsets, H, cells < S, dk * SCALE, H, WIDTH)
+    store_rows(dkeys, offsets, H, cells < S, dk, H, WIDTH)
     store_rows(dvalues, offsets, H, cells < S, dv, H, WIDTH)

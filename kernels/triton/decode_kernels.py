@@ -96,11 +96,14 @@ def decode_kernel(
 
     cells, starts [B]; k, v [B, K, H]; q [B, N, H]; sinks, alibi [N]. z [B, N, splits, H] with peaks
     and totals [B, N, splits], where one split is already the result. A negative cell writes and
-    reads nothing. GROUP is N / K rounded up to a size of tile. Programs: B * K * ceil(S / SPLIT).
+    reads nothing. Programs: B * K * ceil(N / K / GROUP) * ceil(S / SPLIT), each for GROUP query
+    heads of a key head.
     """
     splits = tl.cdiv(S, SPLIT)
     split = tl.program_id(0) % splits
-    kv_head = (tl.program_id(0) // splits).to(tl.int64)  # of all B * K
+    groups: tl.constexpr = (N // K + GROUP - 1) // GROUP
+    group = tl.program_id(0) // splits % groups
+    kv_head = (tl.program_id(0) // (splits * groups)).to(tl.int64)  # of all B * K
     b = kv_head // K
     block = ((b * L + tl.load(layer)) * K + kv_head % K) * S * H
     keys += block
@@ -114,7 +117,7 @@ def decode_kernel(
         first = tl.maximum(first, position - (WINDOW - 1))
     slot = position % S if RING else position
 
-    members = tl.arange(0, GROUP)
+    members = group * GROUP + tl.arange(0, GROUP)
     real = members < N // K
     heads = kv_head * (N // K) + members  # of all B * N
     query = load_rows(q, heads, H, real, H, WIDTH)
@@ -134,8 +137,9 @@ def decode_kernel(
     value = tl.load(v + kv_head * H + columns, mask=exists, other=0.0)
     mine = (position >= 0) & (slot < S) & (slot // SPLIT == split)
     new_cell = slot.to(tl.int64) * H + columns
-    tl.store(keys_out + block + new_cell, key, mask=exists & mine)
-    tl.store(values_out + block + new_cell, value, mask=exists & mine)
+    written = exists & mine & (group == 0)
+    tl.store(keys_out + block + new_cell, key, mask=written)
+    tl.store(values_out + block + new_cell, value, mask=written)
 
     products = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1)
     s, _ = scores(products, tl.full([GROUP], 0, tl.int32), slope, SCALE, SOFT_CAP, HAS_ALIBI)

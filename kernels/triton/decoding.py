@@ -84,6 +84,9 @@ def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi
     tile = launch("decode", on, H, keys.dtype)
     split = split_size(on, B * K, S)
     splits = -(-S // split)
+    # Query heads of one key head that share a program: a tile of 8192 numbers at most, for which
+    # the launches of the table have registers and shared memory.
+    group = min(max(tile.block_m, power_of_two(N // K)), 8192 // width(H))
 
     def heads(x):
         return None if x is None else x.astype(jnp.float32)
@@ -111,14 +114,14 @@ def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi
             shape(B, N, splits),
             shape(B, N, splits),
         ],
-        programs=B * K * splits,
+        programs=B * K * -(-(N // K) // group) * splits,
         launch=tile,
         architecture=on,
         aliases={0: 0, 1: 1},
         L=1 if layer is None else keys.shape[-4],
         N=N,
         K=K,
-        GROUP=max(tile.block_m, power_of_two(N // K)),
+        GROUP=group,
         SPLIT=split,
         RING=is_ring(options, S),
         HAS_STARTS=starts is not None,

@@ -55,7 +55,7 @@ def split_size(architecture: int, blocks: int, cells: int) -> int:
     keep a GPU busy: each costs a part that the second kernel merges.
     """
     size = 128 if architecture == INTERPRETER else 256
-    while blocks * -(-cells // size) > 2048:
+    while size < cells and blocks * -(-cells // size) > 2048:
         size *= 2
     return size
 

@@ -71,7 +71,7 @@ def visible_keys(
     """
     some = inside & (first <= last)
     lowest = tl.min(tl.where(some, first, FAR))
-    highest = tl.max(tl.where(some, last, -1))
+    highest = tl.max(tl.where(some, tl.minimum(last, FAR - 1), -1))
     if HAS_KV_POSITIONS:
         low = S
         high = 0
@@ -143,7 +143,10 @@ def scores(
     """
     tanh = 0.0
     if SOFT_CAP is not None:
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(products * (2.0 * SCALE / SOFT_CAP * LOG2E)))
+        bent = products * (SCALE / SOFT_CAP)
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(bent * (2.0 * LOG2E)))
+        # Near 0 the difference above has no digits left; two terms of the series are right there.
+        tanh = tl.where(tl.abs(bent) < 0.03, bent - bent * bent * bent / 3.0, tanh)
         products = tanh * SOFT_CAP
     elif HAS_ALIBI:
         products = products * SCALE

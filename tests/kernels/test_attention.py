@@ -251,6 +251,59 @@ def test_documents_packed_in_a_row_equal_documents_apart(backend):
         )
 
 
+def test_a_query_and_a_sink_that_see_nothing(backend):
+    """A sink of -inf is no sink: a query that reads nothing else gives zeros, not nan."""
+    needs(backend, "sinks", "q_positions")
+    arrays = small_problem() | {"sinks": np.array([-np.inf, 0, -np.inf, 1])}
+    options = {"q_positions": np.arange(50)[None] - 3}
+    want = reference(arrays, options, False)
+    assert np.isfinite(want[0]["sinks"]).all()
+    assert_close(run(arrays, options, backend, "float32", False), want, TOLERANCE["float32"])
+
+
+def test_a_wide_soft_cap_keeps_the_digits(backend):
+    needs(backend, "soft_cap", "q_positions")
+    arrays, options = small_problem(), {"soft_cap": 1e5, "q_positions": np.arange(50)[None]}
+    want = reference(arrays, options, False)
+    assert_close(run(arrays, options, backend, "float32", False), want, TOLERANCE["float32"])
+
+
+def test_numbers_of_numpy_and_lists(backend):
+    needs(backend, "q_positions", "soft_cap", "sinks")
+    arrays = cast(small_problem(T=3, S=5), "float32")
+    want = attention(
+        **arrays,
+        window=2,
+        soft_cap=3.0,
+        scale=0.5,
+        sinks=jnp.zeros(4),
+        q_positions=jnp.array([[2, 3, 4]]),
+        backend=backend,
+    )
+    got = attention(
+        **arrays,
+        window=np.int64(2),
+        soft_cap=np.float32(3),
+        scale=np.float32(0.5),
+        sinks=[0.0] * 4,
+        q_positions=[[2, 3, 4]],
+        backend=backend,
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_positions_at_the_ends_of_their_types(backend):
+    needs(backend, "q_positions")
+    arrays = cast(small_problem(T=3, S=5), "float32")
+    ends = attention(**arrays, q_positions=np.full((1, 3), 2**31 - 1), backend=backend)
+    every = attention(**arrays, q_positions=np.full((1, 3), 4), backend=backend)
+    np.testing.assert_allclose(ends, every, atol=1e-6)  # the last bit may go either way
+    unsigned = jnp.arange(3, dtype=jnp.uint32)[None]
+    causal = attention(**arrays, q_positions=unsigned, backend=backend)
+    signed = attention(**arrays, q_positions=unsigned.astype(jnp.int32), backend=backend)
+    np.testing.assert_array_equal(causal, signed)
+
+
 def test_a_document_without_keys_reads_nothing():
     x = jnp.ones((1, 3, 1, 8))
     z = attention(x, x, x, segments=(jnp.array([[1, 1, 2]]), jnp.array([[1, 1, 1]])), backend="xla")
@@ -314,7 +367,9 @@ WRONG = {
     "lengths": ({"kv_length": np.zeros(3, int)}, r"kv_length holds int\d+ of shape \(3,\)"),
     "sinks": ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); it is \[N=3\]"),
     "window": ({"window": 0}, "window=0; a query sees at least 1"),
-    "soft cap": ({"soft_cap": 0.0}, "soft_cap=0.0; it must be above 0"),
+    "scale": ({"scale": 0.0}, "scale=0.0; it is a number above 0"),
+    "scale without an end": ({"scale": np.inf}, "scale=inf; it is a number above 0"),
+    "soft cap": ({"soft_cap": 0.0}, "soft_cap=0.0; it is a number above 0"),
     "one array of segments": ({"q": X[:, :3], "segments": np.zeros((1, 4), int)}, "give a pair"),
     "segments": ({"segments": np.zeros((1, 5), int)}, r"segments of queries has shape \(1, 5\)"),
     "segments and starts": (

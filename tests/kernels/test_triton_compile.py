@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e .[
 pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
 
 from kernels.triton import attend, decode, search, table
-from kernels.triton.launches import Launch, launch
+from kernels.triton.launches import Launch, launch, split_size
 from kernels.triton.resources import array_shapes, compiled, instructions, lower
 
 ARCHITECTURES = (80, 90, 100)
@@ -91,6 +91,12 @@ def test_every_option_at_once_compiles(report):
     report(kernels, 80, "float16")
     # A few values that the loops do not touch may wait on the stack; a spill inside would be more.
     assert all(kernel.stack <= 32 for kernel in kernels)
+
+
+@pytest.mark.parametrize("blocks", [1, 90, 2048, 5000])
+def test_splits_for_any_number_of_blocks(blocks):
+    size = split_size(90, blocks, 4096)
+    assert size == 4096 or blocks * 4096 / size <= 2048
 
 
 def test_no_array_of_queries_by_keys():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import reference
+from kernels import attention, reference
 from kernels.options import Options
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
@@ -83,3 +83,23 @@ def test_scan_and_remat():
         return jax.jit(jax.grad(layers, (0, 1, 2)))
 
     same(transform, *operands(1))
+
+
+def test_float16_holds_gradients_as_large_as_it_can():
+    """What is rounded to float16 on the way is no larger than the gradients themselves."""
+    rng = np.random.default_rng()
+    # Large values, so that the gradients of the scores are what comes near to the end.
+    sizes = (1, 1, 20)
+    operands = [jnp.asarray(n * rng.standard_normal((1, 64, 2, 128)), "float16") for n in sizes]
+    dz = rng.standard_normal((1, 64, 2, 128)).astype(np.float32)
+
+    def gradients(dz, backend, dtype):
+        arrays = (x.astype(dtype) for x in operands)
+        return jax.vjp(lambda *x: attention(*x, backend=backend), *arrays)[1](dz.astype(dtype))
+
+    largest = max(jnp.abs(x).max() for x in gradients(dz, "xla", "float32"))
+    dz = dz * (30000 / largest)  # a loss scaled up, as half precision is trained
+    want = gradients(dz, "xla", "float32")
+    for x, y in zip(gradients(dz, "triton_interpret", "float16"), want, strict=True):
+        # Some ten roundings to 11 bits, of terms as large as the largest result.
+        np.testing.assert_allclose(x.astype(np.float32), y, atol=5e-3 * 30000)
