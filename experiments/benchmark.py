@@ -42,6 +42,8 @@ def main(argv):
 
     with cli.user_errors(ValueError):
         check_backend(_ATTENTION.value)
+    if not _SUITE.value:
+        cli.fail(f"--suite is empty; choose of {', '.join(SUITES)}.")
     unknown = [name for name in _SUITE.value if name not in SUITES]
     if unknown:
         cli.fail(f"--suite has no {', '.join(unknown)}; choose of {', '.join(SUITES)}.")
@@ -49,6 +51,12 @@ def main(argv):
         cli.fail(f"--preset={_PRESET.value} does not exist; choose one of {', '.join(presets)}.")
     if _PEER.value and _PRESET.value != "gpt2":
         cli.fail("--peer runs GPT-2 124M; use it with --preset=gpt2.")
+
+    if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
+        cli.fail(f"--plot={_PLOT.value}; the plot is a PNG, and its name ends in .png.")
+    with cli.user_errors(OSError):  # now, not when all is measured
+        for path in filter(None, (_JSON.value, _PLOT.value)):
+            open(path, "a").close()
 
     import jax
 

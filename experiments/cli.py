@@ -1,6 +1,7 @@
 """What the programs share on the command line: a user's error is one line and no traceback."""
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,9 +14,14 @@ from absl import logging as absl_logging
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a program of absl flags; flags that cannot be parsed end it with status 2."""
 
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show, text of a model above all, must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
     def parse(argv):
         # ml_collections reports an unknown field as AttributeError or KeyError.
-        with user_errors(flags.Error, AttributeError, KeyError, OSError):
+        with user_errors(flags.Error, AttributeError, KeyError, OSError, SyntaxError):
             try:
                 rest = flags.FLAGS(argv)[1:]
             except SystemExit:  # absl has printed the help that was asked for, and exits with 1
@@ -92,7 +98,11 @@ def _text(error):
     if isinstance(error, AttributeError | KeyError):
         while isinstance(error, AttributeError | KeyError):
             error = error.args[0]  # str() would quote the text once more
+        if "get_config" in str(error):
+            return "the file of --config has no function get_config, which returns the config."
         return f"unknown config field: {error}"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}, is not Python: {error.msg}."
     if "Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
     return str(error)

@@ -7,6 +7,7 @@ A config file's `get_config` returns what `default_config` makes, with some fiel
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from ml_collections import config_dict
 
 from kernels.backends import check_backend
-from transformer.config import Config
+from transformer.config import Config, fits, wrong_type
 from transformer.optimizer import OptimizerConfig
 
 
@@ -75,6 +76,10 @@ class Train:
     def __post_init__(self):
         _require_positive("train", self, "steps", "log_every", "eval_every", "sample_every")
         _require_positive("train", self, "sample_length", "accumulate")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"config.train.seed={self.seed}; it is between 0 and 2**32 - 1.")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"config.train.z_loss={self.z_loss}; it is a number from 0 on.")
         check_backend(self.attention)
 
 
@@ -170,6 +175,11 @@ def read_config(config: config_dict.ConfigDict) -> Experiment:
       ValueError: a section or field that does not exist, a value of another type, or values that
         do not fit together.
     """
+    if not isinstance(config, config_dict.ConfigDict):
+        raise ValueError(
+            f"get_config returns {config!r}; it returns a ConfigDict, which "
+            "experiments.config.default_config makes."
+        )
     values = config.to_dict()
     sections = {f.name: f.type for f in dataclasses.fields(Experiment)}
     for name in values:
@@ -196,12 +206,8 @@ def _check(where, given, kind, omit=()):
         nested = next((k for k in typing.get_args(hint) if dataclasses.is_dataclass(k)), None)
         if nested and isinstance(value, dict):
             _check(f"{where}.{name}", value, nested)
-        elif not _fits(value, hint):
-            expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ValueError(
-                f"{where}.{name}={value!r} is of type {type(value).__name__}; "
-                f"it must be {expected}."
-            )
+        elif not fits(value, hint):
+            raise ValueError(f"{where}.{name}={value!r} {wrong_type(value, hint)}")
 
 
 def _require_known(where, name, known):
@@ -209,17 +215,6 @@ def _require_known(where, name, known):
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}."
         raise ValueError(f"{where} has no field {name!r}; {hint}")
-
-
-def _fits(value, hint):
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        element = typing.get_args(hint)[0]
-        return isinstance(value, tuple | list) and all(_fits(one, element) for one in value)
-    if hint is float:
-        hint = int | float
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _require_positive(section, values, *names):

@@ -15,9 +15,13 @@ from absl import flags
 from experiments import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a trained model.")
-_PRESET = flags.DEFINE_string("preset", "tiny", "Shape of a fresh model; see transformer.presets.")
+_PRESET = flags.DEFINE_string(
+    "preset", None, "Shape of a fresh model, tiny by default; see transformer.presets."
+)
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens; default: half the maximum, at most 128.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the tokens, and of fresh parameters.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the tokens, and of fresh parameters.", lower_bound=0, upper_bound=2**32 - 1
+)
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of `kernels.attention`.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object per row instead of a table.")
 
@@ -30,13 +34,14 @@ def _model():
     from transformer.program import init_params
 
     if _WORKDIR.value is not None:
+        if _PRESET.value is not None:
+            raise ValueError("--workdir is a trained model and --preset a fresh one; give one.")
         model = load(_WORKDIR.value)
         return model.config, model.params
-    if _PRESET.value not in presets:
-        raise ValueError(
-            f"--preset={_PRESET.value} does not exist; choose one of {', '.join(presets)}."
-        )
-    config = presets[_PRESET.value]
+    preset = _PRESET.value or "tiny"
+    if preset not in presets:
+        raise ValueError(f"--preset={preset} does not exist; choose one of {', '.join(presets)}.")
+    config = presets[preset]
     return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(_SEED.value))
 
 
@@ -46,8 +51,9 @@ def main(argv):
 
     from experiments.suites.equivalence import compare, times
     from kernels.backends import check_backend
+    from transformer.checkpoint import CheckpointError
 
-    with cli.user_errors(ValueError, OSError):
+    with cli.user_errors(ValueError, OSError, CheckpointError):
         check_backend(_ATTENTION.value)
         config, params = _model()
     most = config.max_length // 2

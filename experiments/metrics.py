@@ -1,5 +1,6 @@
 """Rows of numbers by step: in a file of JSON lines, in TensorBoard, and as a picture."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,10 @@ from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+
+
+class DamagedRows(ValueError):
+    """A file of rows that holds something else."""
 
 
 class Log:
@@ -41,11 +46,26 @@ def _line(row):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, none if it is missing; a last line that was cut off is left out."""
+    """The rows of a file, none if it is missing; a last line that was cut off is left out.
+
+    Raises:
+      DamagedRows: a line is no row.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    return [_row(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _row(path, number, line):
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    text = line[:60].decode(errors="replace")
+    raise DamagedRows(
+        f"{path}, line {number}: {text!r} is no row of a run; mend the line or remove it."
+    )
 
 
 class Metrics:

@@ -1,5 +1,6 @@
 """A run of training, made ready: new, or where its last checkpoint left it."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -56,6 +57,8 @@ def prepare(experiment: Experiment, workdir: Path) -> Run | None:
       NotImplementedError: the backend of attention cannot train this model here.
     """
     data, options = experiment.data, experiment.train
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"--workdir={workdir} is a file; give a directory.")
     training, held_out = split(read_corpus(data.path), data.validation_fraction)
     begun = (workdir / CONFIG_FILE).exists()
     tokenizer = Tokenizer.load(workdir) if begun else make_tokenizer(data, training)
@@ -122,22 +125,31 @@ def tell_changes(workdir: Path, experiment: Experiment) -> None:
       ValueError: the tokenizer is among them.
     """
     path = workdir / EXPERIMENT_FILE
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = _read_experiment(path) if path.exists() else {}
     now = json.loads(json.dumps(experiment.to_dict()))
     changes = {
         f"{section}.{name}": f"{before[section].get(name)} -> {value}"
         for section in before
-        for name, value in now[section].items()
+        for name, value in now.get(section, {}).items()
         if before[section].get(name) != value
     }
+    kinds = {section.get("tokenizer") for section in (before.get("data", {}), now["data"])}
     for name in ("data.tokenizer", "data.vocab_size"):
-        if name in changes:
+        if name in changes and kinds != {"bytes"}:  # which have no size to choose
             raise ValueError(
                 f"config.{name} ({changes[name]}) cannot change within a run, whose tokenizer is "
                 f"in {workdir}; use another work directory."
             )
     for name, change in changes.items():
         print(f"changed since the run was last started: config.{name}: {change}")
+
+
+def _read_experiment(path):
+    with contextlib.suppress(ValueError):
+        sections = json.loads(path.read_text())
+        if isinstance(sections, dict) and all(isinstance(s, dict) for s in sections.values()):
+            return sections
+    raise ValueError(f"{path} is damaged; remove it, and the run goes on with the config given.")
 
 
 def restore(workdir: Path, abstract: TrainState, shardings: TrainState):

@@ -16,7 +16,14 @@ from ml_collections import config_flags
 from experiments import cli
 from experiments.config import read_config
 from experiments.meter import Meter, NotFinite
-from experiments.metrics import METRICS_FILE, SAMPLES_FILE, Log, Metrics, read_rows
+from experiments.metrics import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    DamagedRows,
+    Log,
+    Metrics,
+    read_rows,
+)
 from experiments.process import StopSignals, only_process
 from experiments.progress import Progress
 from experiments.run import EXPERIMENT_FILE, Run, checkpoint_items, prepare
@@ -37,17 +44,23 @@ def main(argv):
     with cli.user_errors(ValueError, OSError, CheckpointError, NotImplementedError):
         run = prepare(read_config(_CONFIG.value), workdir)
     if run is not None:
-        kinds = NotFinite, OSError, CheckpointError, NotImplementedError
+        kinds = NotFinite, DamagedRows, OSError, CheckpointError, NotImplementedError
         with cli.user_errors(*kinds, status=1):
             step = train(run)
         if step < run.experiment.train.steps:
             print(f"stopped after step {step}; the same command goes on from there")
             return
-    validated = [row for row in read_rows(workdir / METRICS_FILE) if "validation_loss" in row][-1]
+    with cli.user_errors(ValueError):
+        validated = [row for row in read_rows(workdir / METRICS_FILE) if "validation_loss" in row]
+        if not validated:
+            raise ValueError(
+                f"the run is finished and the model is in {workdir}, but its {METRICS_FILE} "
+                "has no validation."
+            )
     print(
-        f"finished after step {validated['step']}: validation loss "
-        f"{validated['validation_loss']:.4f}, {validated['validation_bits_per_byte']:.4f} bits "
-        f"per byte; the model is in {workdir}"
+        f"finished after step {validated[-1]['step']}: validation loss "
+        f"{validated[-1]['validation_loss']:.4f}, "
+        f"{validated[-1]['validation_bits_per_byte']:.4f} bits per byte; the model is in {workdir}"
     )
 
 
@@ -61,6 +74,7 @@ def train(run: Run) -> int:
       NotFinite: a loss, a gradient or a logit is no number; says at which step.
       NotImplementedError: the backend of attention can train, but not validate or sample.
       CheckpointError, OSError: something could not be written.
+      DamagedRows: a file of rows in the work directory is damaged.
     """
     options, every = run.experiment.train, run.experiment.checkpoint.every
     run.workdir.mkdir(parents=True, exist_ok=True)
@@ -89,10 +103,10 @@ def train(run: Run) -> int:
             is_last = step == options.steps
             validates = is_last or step % options.eval_every == 0
             writes_sample = is_last or step % options.sample_every == 0
-            saves = is_last or step % every == 0 or stop.requested
-            if not (validates or writes_sample or saves):
+            saves = is_last or step % every == 0
+            if not (validates or writes_sample or saves or stop.requested):
                 continue
-            validation = {}
+            validation, said = {}, []
             with meter.pause():
                 averaged = state.params if state.ema is None else state.ema
                 if validates:
@@ -100,15 +114,16 @@ def train(run: Run) -> int:
                     validation = evaluate(eval_step, averaged, run.validation, sizes)
                     metrics.write({"step": step, **validation})
                     bits = validation["validation_bits_per_byte"]
-                    progress.say(
+                    said.append(
                         f"step {step}/{options.steps}  validation loss "
                         f"{validation['validation_loss']:.4f}  {bits:.4f} bits per byte"
                     )
                 if writes_sample:
                     text = sample(run, averaged, step)
                     samples.write({"step": step, "text": text})
-                    progress.say(f"sample after step {step}:\n{text}")
-                if saves:
+                    said.append(f"sample after step {step}:\n{text}")
+                stops = stop.requested  # from here on a signal waits for the next step
+                if saves or stops:
                     # Rows first: a checkpoint that is there has all rows up to its step.
                     metrics.flush()
                     samples.flush()
@@ -118,7 +133,9 @@ def train(run: Run) -> int:
                     }
                     loss = validation.get("validation_loss")
                     checkpoints.save(step, checkpoint_items(state), remembered, loss)
-            if stop.requested:
+                for text in said:
+                    progress.say(text)
+            if stops:
                 break
     return step
 

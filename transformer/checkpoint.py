@@ -100,7 +100,8 @@ class Checkpoints:
         """The steps that are whole on disk, oldest first."""
         if not self.path.is_dir():
             return []
-        return sorted(int(folder.name) for folder in self.path.iterdir() if folder.name.isdigit())
+        folders = (path for path in self.path.iterdir() if path.is_dir())
+        return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
 
     @property
     def best_first(self) -> list[int]:

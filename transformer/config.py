@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 CHOICES = {
     "positions": ("rotary", "learned", "alibi", "none"),
@@ -50,8 +54,23 @@ class RotaryScaling:
             raise ValueError(
                 f"rotary scaling kind={self.kind!r}; choose one of {', '.join(self.KINDS)}."
             )
-        if self.factor < 1:
+        require_types("rotary scaling ", self)
+        if not 1 <= self.factor < math.inf:
             raise ValueError(f"rotary scaling factor={self.factor}; it must be at least 1.")
+        if self.original_max_length < 1:
+            raise ValueError(
+                f"rotary scaling original_max_length={self.original_max_length}; it must be at "
+                "least 1."
+            )
+        for low, high in (
+            ("low_frequency_factor", "high_frequency_factor"),
+            ("beta_slow", "beta_fast"),
+        ):
+            if not 0 < getattr(self, low) < getattr(self, high) < math.inf:
+                raise ValueError(
+                    f"rotary scaling {low}={getattr(self, low)}, {high}={getattr(self, high)}; "
+                    "both are above 0, the first below the second."
+                )
 
 
 @dataclass(frozen=True)
@@ -69,8 +88,8 @@ class Config:
     norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer, after its residual
       sum (post), or before and on its output (both, as in Gemma 2).
     feed_forward: "gelu" (tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
-    biases: on no projection, on q/k/v only (Qwen 2), or on all.
-    qk_norm: RMSNorm on each head of q and k.
+    biases: on no projection, on q/k/v only (Qwen 2), or on all but those of experts.
+    qk_norm: `norm` on each head of q and k.
     window: positions that a layer sees: None (all), a number, or a pattern of both that repeats
       over the layers, as (512, 512, None).
     attention_scale: factor on q.k; None: 1 / sqrt(H).
@@ -131,6 +150,7 @@ class Config:
             fill("window", tuple(self.window))
         if isinstance(self.rotary_scaling, dict):
             fill("rotary_scaling", RotaryScaling(**self.rotary_scaling))
+        require_types("", self)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -179,6 +199,11 @@ class Config:
                 f"rotary positions turn pairs, and head_size={self.head_size} with "
                 f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size} numbers."
             )
+        if self.rotary_scaling is not None and self.positions == "rotary":
+            if self.rotary_scaling.kind == "ntk" and self.rotary_size == 2:
+                raise ValueError("ntk stretches all but the first pair of numbers, of 1 here.")
+            if self.rotary_scaling.kind == "yarn" and not self.rotary_base > 1:
+                raise ValueError(f"yarn takes a rotary_base above 1, not {self.rotary_base}.")
         if not self.pattern or any(not _is_size(w) for w in self.pattern if w is not None):
             raise ValueError(
                 f"window={self.window}; a window is a whole number from 1 on, or None for all, and "
@@ -239,6 +264,48 @@ class Config:
     def to_dict(self) -> dict:
         """A dict of plain values, for JSON; `Config(**d)` reads it back."""
         return dataclasses.asdict(self)
+
+
+def require_types(where: str, values) -> None:
+    """Refuses fields of a dataclass that hold another type; NumPy's numbers become Python's.
+
+    Args:
+      where: what stands before the name of a field in the message.
+      values: the dataclass, which is being made.
+
+    Raises:
+      ValueError: names the field, what it holds and what it may hold.
+    """
+    for name, hint in _hints(type(values)).items():
+        value = getattr(values, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(values, name, value)
+        if not fits(value, hint):
+            raise ValueError(f"{where}{name}={value!r} {wrong_type(value, hint)}")
+
+
+def wrong_type(value, hint) -> str:
+    """What is said of a value that does not fit a type hint."""
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    return f"is of type {type(value).__name__}; it must be {expected}."
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of a type hint; an int is a float too, and a bool is no number."""
+    if isinstance(hint, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        return isinstance(value, tuple | list) and all(fits(one, element) for one in value)
+    if hint is float:
+        hint = int | float
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+@functools.cache
+def _hints(kind):
+    return typing.get_type_hints(kind)
 
 
 def _is_size(value, least=1):

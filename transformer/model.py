@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoint import FOLDER, CheckpointError, Checkpoints
 from transformer.config import Config
 from transformer.program import Params, init_cache, init_params, program
 from transformer.schedule import check_tokens, parallel
@@ -43,8 +44,13 @@ def save(model: Model, path: str | os.PathLike) -> None:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
-    with Checkpoints(path) as checkpoints:
-        checkpoints.save(0, {"params": model.params}, {})
+    made = not path.exists()
+    try:
+        with Checkpoints(path) as checkpoints:
+            checkpoints.save(0, {"params": model.params}, {})
+    except CheckpointError:  # nothing is left in the way of the next try
+        shutil.rmtree(path if made else path / FOLDER, ignore_errors=True)
+        raise
     write_description(path, model.config, model.tokenizer)
 
 

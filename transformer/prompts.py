@@ -96,6 +96,8 @@ def stop_conditions(
       ValueError: an empty text, or an id outside of the vocabulary.
       TypeError: something is neither a text nor a whole number.
     """
+    if not isinstance(stop, str | int | list | tuple):
+        raise ValueError(f"stop={stop!r}; it is a text, a token id, or a list of them.")
     stop = [stop] if isinstance(stop, str | int) else list(stop)
     texts = [x for x in stop if isinstance(x, str)]
     if "" in texts:

@@ -34,10 +34,11 @@ def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = 
       ValueError: chunk below 1, no tokens, start below 0, more tokens than the cache has room for
         or learned positions exist for, or token ids outside of the vocabulary (start and ids as far
         as the values are known when tracing).
+      TypeError: tokens are no integers.
       ProgramError: f breaks the rule of the cache.
     """
-    tokens = jnp.asarray(tokens)
-    length = _check(params, cache, tokens, start, chunk)
+    tokens = _checked(params, cache, tokens, start, chunk)
+    length = len(tokens)
     chunk = length if chunk is None else min(chunk, length)
     positions = start + jnp.arange(length, dtype=jnp.int32)
     if chunk == length:
@@ -93,8 +94,8 @@ def recompute(f: Callable, params, cache: Cache, tokens):
 
     Args and returns as in `run`, for an empty cache; the cache comes back as it was.
     """
-    tokens = jnp.asarray(tokens)
-    length = _check(params, cache, tokens, 0, None)
+    tokens = _checked(params, cache, tokens, 0, None)
+    length = len(tokens)
     positions = jnp.arange(length, dtype=jnp.int32)
 
     def last_logits(t):
@@ -120,12 +121,16 @@ def check_tokens(tokens, vocab_size: int) -> None:
         )
 
 
-def _check(params, cache, tokens, start, chunk):
+def _checked(params, cache, tokens, start, chunk):
+    """The tokens as an array of JAX, which is narrower than what was given may be."""
+    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if tokens.ndim != 1 or not len(tokens):
         raise ValueError(
             f"tokens are [T] with at least one token, and have shape {tokens.shape}; "
             "use jax.vmap for a batch."
         )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens are integers, and hold {tokens.dtype}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}; a chunk is at least 1 token, or None for all at once.")
     if not isinstance(start, jax.core.Tracer):
@@ -145,4 +150,4 @@ def _check(params, cache, tokens, start, chunk):
             )
     if not isinstance(tokens, jax.core.Tracer) and hasattr(params, "vocab_size"):
         check_tokens(tokens, params.vocab_size)
-    return len(tokens)
+    return jnp.asarray(tokens)

@@ -6,6 +6,7 @@ outside of the text: it ends a document and, as the first token of the next one,
 """
 
 import codecs
+import contextlib
 import hashlib
 import os
 import secrets
@@ -131,8 +132,9 @@ class Tokenizer:
             ValueError: the file is not a byte-level tokenizer with an end of document.
         """
         path = Path(directory) / FILE_NAME
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
         try:
+            text = content.decode()
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # The library raises nothing narrower.
             raise ValueError(f"{path} is not a tokenizer file: {error}") from error
@@ -210,7 +212,8 @@ def cached_bpe(
         digest.update(len(content).to_bytes(8, "big") + content)
     directory = Path(cache_directory) / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}"
     if (directory / FILE_NAME).exists():
-        return Tokenizer.load(directory)
+        with contextlib.suppress(ValueError):  # a damaged one is made anew
+            return Tokenizer.load(directory)
     tokenizer = train_bpe(texts, vocab_size)
     tokenizer.save(directory)
     return tokenizer

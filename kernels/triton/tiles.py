@@ -145,8 +145,10 @@ def scores(
     if SOFT_CAP is not None:
         bent = products * (SCALE / SOFT_CAP)
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(bent * (2.0 * LOG2E)))
-        # Near 0 the difference above has no digits left; two terms of the series are right there.
-        tanh = tl.where(tl.abs(bent) < 0.03, bent - bent * bent * bent / 3.0, tanh)
+        if SOFT_CAP > 100:
+            # Near 0 the difference above loses digits, of a score SOFT_CAP * 6e-8; two terms of the
+            # series keep them. They take registers, which caps as models have them can do without.
+            tanh = tl.where(tl.abs(bent) < 0.03, bent - bent * bent * bent / 3.0, tanh)
         products = tanh * SOFT_CAP
     elif HAS_ALIBI:
         products = products * SCALE

@@ -75,6 +75,10 @@ def test_equivalence_prints_a_row_for_each_way():
         ("equivalence", "--attention=fast", "attention backend 'fast' does not exist"),
         ("benchmark", "--attention=fast", "attention backend 'fast' does not exist"),
         ("equivalence", "--workdir=nowhere", "nowhere"),
+        ("equivalence", "--seed=-1", "seed"),
+        ("benchmark", "--suite=", "--suite is empty"),
+        ("benchmark", "--json=/nowhere/figures.json", "/nowhere/figures.json"),
+        ("benchmark", "--plot=figures.foo", "its name ends in .png"),
     ],
 )
 def test_wrong_use_is_one_line(name, flag, message):

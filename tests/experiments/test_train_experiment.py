@@ -18,7 +18,7 @@ from experiments import cli
 from experiments.config import default_config, read_config
 from experiments.configs import demo, gpt2, tiny
 from experiments.meter import NotFinite
-from experiments.metrics import METRICS_FILE, SAMPLES_FILE, Log, read_rows
+from experiments.metrics import METRICS_FILE, SAMPLES_FILE, DamagedRows, Log, read_rows
 from experiments.process import only_process
 from experiments.progress import Progress
 from experiments.run import prepare
@@ -265,6 +265,57 @@ def test_what_is_said_holds_no_control_characters(capsys):
     assert capsys.readouterr().out == "a\nc\\x1b[31m\\x0d\\x07\\x9b\u00e9\n"
 
 
+@pytest.mark.parametrize("every", ["eval_every", "sample_every"])
+def test_a_signal_during_a_validation_or_a_sample_saves(corpus, tmp_path, monkeypatch, every):
+    """What is said to be saved is."""
+
+    def interrupted(function):
+        def signalled(*args, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+            return function(*args, **kwargs)
+
+        return signalled
+
+    name = {"eval_every": "evaluate", "sample_every": "sample"}[every]
+    module = sys.modules["experiments.train"]
+    monkeypatch.setattr(module, name, interrupted(getattr(module, name)))
+    assert run_in_process(experiment(corpus, **{f"train__{every}": 3}), tmp_path)[1] == 3
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == [3]
+
+
+def test_a_terminal_that_cannot_show_a_sample_ends_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start(tmp_path, corpus, "--config.train.steps=11", "--config.train.sample_length=64")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    [row] = read_rows(tmp_path / SAMPLES_FILE)
+    assert not row["text"].isascii() and "\\ufffd" in out
+    load(tmp_path)
+
+
+def test_damaged_files_are_named(corpus, reference, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    longer = experiment(corpus, train__steps=STEPS + 1)
+    with open(workdir / METRICS_FILE, "a") as file:
+        file.write('{"step": 3, garbage\n')
+    with pytest.raises(DamagedRows, match=r"metrics\.jsonl, line \d+: '.*garbage' is no row"):
+        train(prepare(longer, workdir))
+    (workdir / "experiment.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"experiment\.json is damaged; remove it"):
+        prepare(longer, workdir)
+    (workdir / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer file"):
+        prepare(longer, workdir)
+    with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
+        prepare(longer, workdir / "tokenizer.json")
+
+
+def test_bytes_have_no_size_to_change(corpus, reference):
+    assert prepare(experiment(corpus, data__vocab_size=999), reference) is None  # it is finished
+
+
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
     with (
         only_process(tmp_path),
@@ -302,6 +353,8 @@ def test_a_run_goes_on_only_as_it_began(corpus, reference, changes, kind, messag
         ({"checkpoint__keep_best": -1}, "keep_best=-1; it is 0 or more"),
         ({"data__tokenizer": "words"}, "'words' does not exist; choose bytes or bpe"),
         ({"data__seed": -1}, "seed is -1"),
+        ({"train__seed": 2**40}, r"train.seed=1099511627776; it is between 0 and 2\*\*32 - 1"),
+        ({"train__z_loss": float("nan")}, "train.z_loss=nan; it is a number from 0 on"),
         ({"train__attention": "fast"}, "attention backend 'fast' does not exist; choose .* xla"),
         ({"model__num_heads": 5}, "width=32 is no multiple of num_heads=5"),
     ],
@@ -338,6 +391,21 @@ def test_the_command_reports_wrong_use_in_one_line(tmp_path, corpus, flags, mess
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("no python", "config.py, line 1, is not Python"), ("steps = 3", "no function get_config")],
+)
+def test_a_config_file_that_is_none(tmp_path, text, message):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    flags = f"--config={path}", f"--workdir={tmp_path / 'run'}"
+    command = [sys.executable, "-m", "experiments.train", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize("module", [demo, gpt2, tiny])
@@ -384,6 +452,8 @@ def test_a_config_file_with_a_wrong_section():
     config.trian = {}
     with pytest.raises(ValueError, match="config has no field 'trian'; did you mean train"):
         read_config(config)
+    with pytest.raises(ValueError, match="get_config returns 5; it returns a ConfigDict"):
+        read_config(5)
     config = tiny.get_config()
     del config["train"]
     config.train = 3

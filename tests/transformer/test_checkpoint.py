@@ -193,6 +193,15 @@ def test_later_checkpoints_can_be_discarded_and_written_anew(tmp_path):
     assert_same(read(tmp_path, trees[1]).items["params"], trees[1])
 
 
+def test_a_stray_file_is_not_a_checkpoint(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": random_tree()}, {})
+        checkpoints.wait()
+        (checkpoints.path / "99").touch()
+        assert checkpoints.steps == [1]
+        checkpoints.discard_after(1)
+
+
 def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     tree = random_tree()
     with Checkpoints(tmp_path) as checkpoints:

@@ -22,7 +22,13 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
         ({"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
         ({"head_size": 7}, "rotary positions turn pairs"),
         ({"num_layers": 0}, "num_layers=0; it must be a whole number, at least 1"),
-        ({"num_layers": 2.5}, "num_layers=2.5; it must be a whole number"),
+        ({"num_layers": 2.5}, "num_layers=2.5 is of type float; it must be int"),
+        ({"scan_layers": "false"}, "scan_layers='false' is of type str; it must be bool"),
+        ({"tie_embeddings": None}, "tie_embeddings=None is of type NoneType; it must be bool"),
+        ({"norm_epsilon": "1"}, "norm_epsilon='1' is of type str; it must be float"),
+        ({"rotary_scaling": "yarn"}, "rotary_scaling='yarn' is of type str"),
+        ({"rotary_scaling": {"kind": "ntk", "factor": 2.0}, "head_size": 2}, "ntk stretches"),
+        ({"rotary_scaling": {"kind": "yarn", "factor": 2.0}, "rotary_base": 1.0}, "base above 1"),
         ({"head_size": 0}, "head_size=0; it must be a whole number, at least 1"),
         ({"feed_forward_width": 0}, "feed_forward_width=0"),
         ({"num_experts": -1}, "num_experts=-1; it must be a whole number, at least 0"),
@@ -48,6 +54,17 @@ def test_rotary_scaling_is_checked():
         RotaryScaling("cubic", 2.0)
     with pytest.raises(ValueError, match=r"factor=0.5; it must be at least 1"):
         RotaryScaling("linear", 0.5)
+    with pytest.raises(ValueError, match=r"factor=nan; it must be at least 1"):
+        RotaryScaling("linear", float("nan"))
+    with pytest.raises(ValueError, match=r"original_max_length=0; it must be at least 1"):
+        RotaryScaling("yarn", 2.0, original_max_length=0)
+    with pytest.raises(ValueError, match=r"low_frequency_factor=4.0, high_frequency_factor=4.0"):
+        RotaryScaling("llama3", 2.0, low_frequency_factor=4.0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = Config(**(SIZES | {"num_layers": np.int64(2), "norm_epsilon": np.float32(1e-5)}))
+    assert type(config.num_layers) is int and type(config.norm_epsilon) is float
 
 
 def test_programs_refuse_unknown_numerics_and_backends():

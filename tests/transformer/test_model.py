@@ -57,6 +57,18 @@ def test_saving_overwrites_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_disk_that_was_full_is_not_in_the_way_of_the_next_try(tmp_path, monkeypatch):
+    model, usage = random_model(), shutil.disk_usage(tmp_path)
+    for path in (tmp_path / "new", tmp_path):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        with pytest.raises(CheckpointError, match="could not save"):
+            save(model, path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        save(model, path)
+        load(path)
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+
+
 def test_what_is_no_model_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a saved model nor a work directory"):
         load(tmp_path)

@@ -201,6 +201,11 @@ def test_positions_that_do_not_exist_are_refused():
 def test_tokens_out_of_range_are_refused(mode):
     with pytest.raises(ValueError, match="token id 61 at 1 is outside of the vocabulary, 0 to 60"):
         mode(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.array([0, 61]))
+    with pytest.raises(ValueError, match="token id 4294967301 at 0"):  # 5 in 32 bits
+        mode(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.array([2**32 + 5]))
+    for kind in (bool, float):
+        with pytest.raises(TypeError, match=f"tokens are integers, and hold {kind.__name__}"):
+            mode(PROGRAM, PARAMS, init_cache(CONFIG, 8), np.ones(2, kind))
     with pytest.raises(ValueError, match="token id -1 at 0, 2"):
         check_tokens(np.array([[0, 3, -1]]), 61)
 

@@ -145,6 +145,14 @@ def test_cache_trains_once_for_each_corpus_size_and_pattern(tmp_path, monkeypatc
     assert trained == [280, 290, 280, 280]
 
 
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    first = cached_bpe(CORPUS, 280, tmp_path)
+    [path] = tmp_path.rglob("tokenizer.json")
+    for content in (b"xx", b"\xff"):
+        path.write_bytes(content)
+        assert cached_bpe(CORPUS, 280, tmp_path).encode(CORPUS[0]) == first.encode(CORPUS[0])
+
+
 def test_killed_training_leaves_no_file_that_is_taken_for_a_tokenizer(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
