@@ -69,16 +69,17 @@ class Checkpoints:
         """
         self.path = Path(directory).absolute() / FOLDER
         self._keep_last, self._keep_best = keep_last, keep_best
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                lightweight_initialize=True,
-            ),
-        )
+        with _without_warnings_of_reading():
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self,
+                    create=not read_only,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    lightweight_initialize=True,
+                ),
+            )
         self._losses: dict[int, float] = {}
         for step in self.steps:
             try:
@@ -252,6 +253,18 @@ class Checkpoints:
                 f"could not save to {self.path}: {_reason(error)}. "
                 f"Steps saved before are intact: {whole}."
             ) from error
+
+
+@contextmanager
+def _without_warnings_of_reading():
+    """Orbax warns that a folder which it is told only to read will only be read."""
+    logger = logging.getLogger("absl")
+    other = lambda record: not re.search("read.only", record.getMessage())
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 class _Damaged(Exception):

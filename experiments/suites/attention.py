@@ -3,6 +3,7 @@
 Each case is first held against float64, and then timed.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -59,17 +60,14 @@ def _attention(shape, dtype, backward, repeats, calls):
         program = (
             _with_gradient(function) if backward else lambda q, k, v, _, f=function: (f(q, k, v),)
         )
-        try:
+        with _skipped(name):
             program, seconds = compiled(program, q, k, v, dz)
-        except NotImplementedError as error:
-            _skip(name, str(error))
-            continue
-        z, *gradients = program(q, k, v, only)
-        got = [z[0, checked], *(x[0] for x in gradients)]
-        if backward:
-            got[1] = got[1][checked]
-        call = functools.partial(program, q, k, v, dz)
-        yield _measured(figure, name, call, got, want, seconds, repeats, calls)
+            z, *gradients = program(q, k, v, only)
+            got = [z[0, checked], *(x[0] for x in gradients)]
+            if backward:
+                got[1] = got[1][checked]
+            call = functools.partial(program, q, k, v, dz)
+            yield _measured(figure, name, call, got, want, seconds, repeats, calls)
     call = _torch_attention(q, k, v, dz, backward)
     if call:
         yield _measured(figure, "torch sdpa", call, None, None, 0.0, repeats, calls)
@@ -144,18 +142,15 @@ def _decode(B, S, N, K, H, dtype, repeats, calls):
                 keys, values, None, cell, None, k, v, q, None, None, options=options, backend=name
             )
 
-        try:
+        with _skipped(name):
             program, seconds = compiled(step, keys, values, cell, k, v, q, donate=(0, 1))
-        except NotImplementedError as error:
-            _skip(name, str(error))
-            continue
-        blocks = [jnp.copy(keys), jnp.copy(values)]
+            blocks = [jnp.copy(keys), jnp.copy(values)]
 
-        def call(program=program, blocks=blocks):
-            blocks[0], blocks[1], z = program(*blocks, cell, k, v, q)
-            return z
+            def call(program=program, blocks=blocks):
+                blocks[0], blocks[1], z = program(*blocks, cell, k, v, q)
+                return z
 
-        yield _measured(figure, name, call, [call()[:1]], want, seconds, repeats, calls)
+            yield _measured(figure, name, call, [call()[:1]], want, seconds, repeats, calls)
     call = _torch_decode(q, keys, values)
     if call:
         yield _measured(figure, "torch sdpa", call, None, None, 0.0, repeats, calls)
@@ -166,9 +161,18 @@ def _random(shapes, dtype):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
+@contextlib.contextmanager
+def _skipped(kernel):
+    """Goes on to the next kernel where one cannot do it, or fails on the device."""
+    try:
+        yield
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        _say(f"{kernel} is not run: {str(error).strip().splitlines()[0]}")
+
+
 @functools.cache  # each reason once
-def _skip(kernel, reason):
-    print(f"{kernel} is not run: {reason}")
+def _say(text):
+    print(text)
 
 
 def _measured(figure, kernel, call, got, want, compile_seconds, repeats, calls):
@@ -181,10 +185,10 @@ def _measured(figure, kernel, call, got, want, compile_seconds, repeats, calls):
             sys.modules["torch"].cuda.synchronize()
         return result
 
-    error = float("nan")
+    error = None
     if want is not None:
         distance = lambda x, y: np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max()
-        error = max(map(distance, got, want))
+        error = float(np.max([distance(x, y) for x, y in zip(got, want, strict=True)]))  # or nan
     return KernelFigure(
         **(
             vars(figure)

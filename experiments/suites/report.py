@@ -23,7 +23,8 @@ def row(figure: Figure, limits: Limits) -> dict:
         "share_of_limit": figure.share(limits),
     }
     if isinstance(figure, KernelFigure):
-        error = None if math.isnan(figure.error) else figure.error
+        error = figure.error  # JSON has no nan
+        error = "nan" if error is not None and math.isnan(error) else error
         return entry | {"kernel": figure.kernel, "error": error}
     return entry | {"tokens_per_second": figure.tokens / figure.median}
 
@@ -73,7 +74,8 @@ def _case(row):
 
 
 def _if_there(row, name, text):
-    return "-" if row.get(name) is None else text.format(row[name])
+    value = row.get(name)
+    return "-" if value is None else value if isinstance(value, str) else text.format(value)
 
 
 _MODEL_COLUMNS = {

@@ -43,11 +43,11 @@ class KernelFigure(Figure):
     """A figure of one kernel.
 
     kernel: the backend, or the rival. error: the largest difference from float64, in units of the
-    largest value; nan where it was not looked at.
+    largest value; nan where a result is no number, None where it was not looked at.
     """
 
     kernel: str
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)

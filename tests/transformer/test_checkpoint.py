@@ -193,6 +193,14 @@ def test_later_checkpoints_can_be_discarded_and_written_anew(tmp_path):
     assert_same(read(tmp_path, trees[1]).items["params"], trees[1])
 
 
+def test_reading_says_nothing(tmp_path, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": random_tree()}, {})
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, read_only=True):
+        pass
+    assert not caplog.records
+
+
 def test_a_stray_file_is_not_a_checkpoint(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"params": random_tree()}, {})
