@@ -111,7 +111,8 @@ def _figures(name, config):
 def _add_peer(rows, suite):
     """Runs one suite of the peer and notes its rates beside ours."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [_PEER.value, str(PEER)]
+        # Without PYTHONPATH, where transformers would take our kernels for a library of that name.
+        command = [_PEER.value, "-E", str(PEER)]
         options = [f"--cases={suite}", f"--json={file.name}", f"--repeats={_REPEATS.value}"]
         with cli.user_errors(OSError, subprocess.CalledProcessError):
             subprocess.run(command + options, check=True, stdout=subprocess.DEVNULL)
