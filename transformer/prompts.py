@@ -40,7 +40,10 @@ def prompt_tokens(
             tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)] if prompt else []
         else:
             tokens = prompt
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:  # lists of several lengths
+            tokens = np.asarray([None])
         if not tokens.size:
             raise ValueError(
                 f"prompt {index} is empty; for text out of nothing, give the ids "

@@ -58,12 +58,16 @@ class Sampling:
         top_p = 1.0 if top_p is None else top_p
         min_p = 0.0 if min_p is None else min_p
         vocab_size = NO_LIMIT if vocab_size is None else vocab_size
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        for name, value in (given | {"vocab_size": vocab_size}).items():
+            if not hasattr(value, "__float__"):
+                raise ValueError(f"{name}={value!r}; it is a number.")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(
                 f"temperature={temperature}; it is 0 (the most likely token) or more, and finite."
             )
         for name, limit in (("top_k", top_k), ("vocab_size", vocab_size)):
-            if limit < 1 or limit != int(limit):
+            if not 1 <= limit < math.inf or limit != int(limit):
                 raise ValueError(f"{name}={limit}; it is a whole number, at least 1, or None.")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p}; it is above 0 and at most 1, or None.")

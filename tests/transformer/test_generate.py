@@ -304,6 +304,7 @@ def test_pieces_join_to_what_comes_before_the_first_stop(text, stops, tail):
         (["a"], {"min_p": 2}, "min_p=2"),
         (["a"], {"seed": -1}, "seed=-1"),
         (["a"], {"stop": ""}, "empty text"),
+        (["a"], {"stop": b"x"}, "it is a text, a token id, or a list of them"),
         (["a"], {"stop": [300]}, "stop: token id 300"),
         (["a"], {"numerics": "loose"}, "numerics='loose'"),
         (["a"], {"attention": "magic"}, "magic"),
@@ -315,7 +316,7 @@ def test_wrong_values_are_refused_before_anything_runs(prompts, options, message
         stream(model(RINGS), prompts, **{"max_new_tokens": 4} | options)
 
 
-@pytest.mark.parametrize("prompts", ["text", 3, [3, 4], [[0.5]], [[[1, 2]]]])
+@pytest.mark.parametrize("prompts", ["text", 3, [3, 4], [[0.5]], [[[1, 2]]], [[[1], [2, 3]]]])
 def test_wrong_types_are_refused(prompts):
     with pytest.raises(TypeError, match="list"):
         generate(model(RINGS), prompts, max_new_tokens=4)
