@@ -50,17 +50,17 @@ def main(argv):
         if step < run.experiment.train.steps:
             print(f"stopped after step {step}; the same command goes on from there")
             return
-    with cli.user_errors(ValueError):
+    with cli.user_errors(DamagedRows):
         validated = [row for row in read_rows(workdir / METRICS_FILE) if "validation_loss" in row]
-        if not validated:
-            raise ValueError(
-                f"the run is finished and the model is in {workdir}, but its {METRICS_FILE} "
-                "has no validation."
-            )
+    if not validated:
+        cli.fail(
+            f"the run is finished and the model is in {workdir}, but its {METRICS_FILE} has no "
+            "validation."
+        )
+    last = validated[-1]
     print(
-        f"finished after step {validated[-1]['step']}: validation loss "
-        f"{validated[-1]['validation_loss']:.4f}, "
-        f"{validated[-1]['validation_bits_per_byte']:.4f} bits per byte; the model is in {workdir}"
+        f"finished after step {last['step']}: validation loss {last['validation_loss']:.4f}, "
+        f"{last['validation_bits_per_byte']:.4f} bits per byte; the model is in {workdir}"
     )
 
 

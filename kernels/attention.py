@@ -64,7 +64,7 @@ def attention(
     # NumPy's arrays and lists stay known while tracing, which some backends need.
     q_positions = np.arange(T)[None] if q_positions is None else q_positions
     q_positions, kv_positions, q_starts = map(_array, (q_positions, kv_positions, q_starts))
-    sinks, alibi = map(_array, (sinks, alibi))
+    sinks, alibi = (None if x is None else jnp.asarray(x) for x in (sinks, alibi))
     _check_rows("q_positions", q_positions, B, T)
     _check_rows("kv_positions", kv_positions, B, S)
     _check_rows("q_starts", q_starts, B, T)
@@ -75,7 +75,6 @@ def attention(
 
     narrow = lambda x: None if x is None else x.astype(np.int32)
     q_positions, kv_positions, q_starts = map(narrow, (q_positions, kv_positions, q_starts))
-    sinks, alibi = (None if x is None else jnp.asarray(x) for x in (sinks, alibi))
     if segments is not None:
         if q_starts is not None or kv_positions is not None:
             raise ValueError("segments goes without q_starts and kv_positions; give one of them.")
