@@ -19,7 +19,7 @@ import tempfile
 
 from absl import flags
 
-from experiments import cli
+from experiments.run import cli
 
 PEER = pathlib.Path(__file__).parent / "peers" / "transformers_gpt2.py"
 PEER_SUITES = ("train", "prefill", "decode")
@@ -37,8 +37,8 @@ _PLOT = flags.DEFINE_string("plot", None, "File for a plot of them, PNG.")
 
 def main(argv):
     del argv
-    from kernels.backends import check_backend
-    from transformer.config import presets
+    from kernels.backends.choice import check_backend
+    from transformer.presets import presets
 
     with cli.user_errors(ValueError):
         check_backend(_ATTENTION.value)

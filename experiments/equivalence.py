@@ -12,7 +12,7 @@ import json
 
 from absl import flags
 
-from experiments import cli
+from experiments.run import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a trained model.")
 _PRESET = flags.DEFINE_string(
@@ -29,9 +29,9 @@ _JSON = flags.DEFINE_bool("json", False, "One JSON object per row instead of a t
 def _model():
     import jax
 
-    from transformer.config import presets
-    from transformer.model import load
-    from transformer.program import init_params
+    from transformer.presets import presets
+    from transformer.program.program import init_params
+    from transformer.storage.model import load
 
     if _WORKDIR.value is not None:
         if _PRESET.value is not None:
@@ -50,8 +50,8 @@ def main(argv):
     import numpy as np
 
     from experiments.suites.equivalence import compare, times
-    from kernels.backends import check_backend
-    from transformer.checkpoint import CheckpointError
+    from kernels.backends.choice import check_backend
+    from transformer.storage.checkpoint import CheckpointError
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
         check_backend(_ATTENTION.value)

@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from experiments import cli
+from experiments.run import cli
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Work directory of a training run, or a saved model.", required=True
@@ -35,9 +35,9 @@ def main(argv):
     """Loads the model and prints the samples."""
     del argv
     # Here and not above, so that --help needs no import of jax.
-    from transformer.checkpoint import CheckpointError
-    from transformer.generate import stream
-    from transformer.model import load
+    from transformer.inference.generate import stream
+    from transformer.storage.checkpoint import CheckpointError
+    from transformer.storage.model import load
 
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
     with cli.user_errors(ValueError, OSError, CheckpointError):

@@ -13,10 +13,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli
-from experiments.config import read_config
-from experiments.meter import Meter, NotFinite
-from experiments.metrics import (
+from experiments.run import cli
+from experiments.run.config import read_config
+from experiments.run.meter import Meter, NotFinite
+from experiments.run.metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
     DamagedRows,
@@ -24,13 +24,14 @@ from experiments.metrics import (
     Metrics,
     read_rows,
 )
-from experiments.process import StopSignals, only_process
-from experiments.progress import Progress
-from experiments.run import EXPERIMENT_FILE, Run, checkpoint_items, prepare
-from transformer.checkpoint import CheckpointError, Checkpoints
-from transformer.generate import generate
-from transformer.model import Model, write_description, write_json
-from transformer.train import evaluate, make_eval_step
+from experiments.run.process import StopSignals, only_process
+from experiments.run.progress import Progress
+from experiments.run.run import EXPERIMENT_FILE, Run, checkpoint_items, prepare
+from transformer.inference.generate import generate
+from transformer.storage.checkpoint import CheckpointError, Checkpoints
+from transformer.storage.files import write_json
+from transformer.storage.model import Model, write_description
+from transformer.training.evaluation import evaluate, make_eval_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/demo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)

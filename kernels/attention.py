@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.backends import run
+from kernels.backends.choice import run
 from kernels.options import Options
 
 
@@ -45,7 +45,7 @@ def attention(
       sinks: [N] logits that join the softmax's denominator; None: none.
       alibi: [N] slopes, score -= slope * (i - p); constants, without a gradient.
       scale: factor on q.k, above 0; None: 1/sqrt(H).
-      backend: "auto" or one of `kernels.backends.BACKENDS`.
+      backend: "auto" or one of `kernels.backends.choice.BACKENDS`.
       return_lse: also return the log-sum-exp of the scores.
 
     Returns:

@@ -12,10 +12,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels.backends import run
+from kernels.backends.choice import run
 from kernels.cells import is_batched, is_ring, take, write, write_ring
 from kernels.options import Options
-from kernels.partition import vary_like
+from kernels.tracing.partition import vary_like
 
 
 def write_read(

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from transformer import layers
+from transformer.program import layers
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

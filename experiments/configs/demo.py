@@ -1,6 +1,6 @@
 """A small model of the default corpus, for two CPU cores: what `make demo` trains."""
 
-from experiments.config import default_config
+from experiments.run.config import default_config
 from transformer.config import Config
 
 

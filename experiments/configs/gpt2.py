@@ -1,7 +1,7 @@
 """The shape of GPT-2 124M, for an accelerator."""
 
-from experiments.config import default_config
-from transformer.config import presets
+from experiments.run.config import default_config
+from transformer.presets import presets
 
 
 def get_config():

@@ -1,7 +1,7 @@
 """A model that trains in seconds: for tests, and for trying things."""
 
-from experiments.config import default_config
-from transformer.config import presets
+from experiments.run.config import default_config
+from transformer.presets import presets
 
 
 def get_config():

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.suites.timing import Figure, KernelFigure, compiled, timed
 from kernels import attention as attend
-from kernels import reference
+from kernels.backends import reference
 from kernels.options import Options
 from kernels.write_read import write_read
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.suites.timing import timed
-from transformer.program import init_cache, program
-from transformer.schedule import recompute, run
+from transformer.modes.schedule import recompute, run
+from transformer.program.program import init_cache, program
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import numpy as np
 
 from experiments.suites.timing import Figure, compiled, timed
 from transformer.config import Config
-from transformer.data import Batch
-from transformer.flops import flops_per_token
-from transformer.generate import capacity_for
-from transformer.generate import generate as complete
-from transformer.model import Model
-from transformer.optimizer import OptimizerConfig, make_optimizer
-from transformer.program import init_cache, init_params, program
-from transformer.schedule import run
-from transformer.tokenizer import byte_tokenizer
-from transformer.train import init_state, make_train_step
+from transformer.data.batches import Batch
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.inference.generate import capacity_for
+from transformer.inference.generate import generate as complete
+from transformer.modes.schedule import run
+from transformer.program.program import init_cache, init_params, program
+from transformer.storage.model import Model
+from transformer.training.flops import flops_per_token
+from transformer.training.optimizer import OptimizerConfig, make_optimizer
+from transformer.training.step import init_state, make_train_step
 
 PROMPT, NEW = 512, 32  # tokens before decoding begins, and tokens decoded
 
@@ -72,7 +72,7 @@ def decode(config: Config, repeats: int, attention: str):
 
 
 def generate(config: Config, repeats: int, attention: str):
-    """`transformer.generate` as a user calls it: prompts of 512 tokens and 32 new ones, in all."""
+    """`generate` as a user calls it: prompts of 512 tokens and 32 new ones, in all."""
     model = Model(config, _params(config), byte_tokenizer())
     for batch in (1, 8):
         prompts = np.split(np.asarray(_tokens(config, batch * PROMPT)), batch)

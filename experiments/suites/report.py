@@ -2,7 +2,7 @@
 
 import math
 
-from experiments import cli
+from experiments.run import cli
 from experiments.suites.timing import Figure, KernelFigure, Limits
 
 

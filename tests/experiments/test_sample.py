@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from transformer.config import presets
-from transformer.generate import generate
-from transformer.model import Model, save
-from transformer.program import init_params
-from transformer.tokenizer import byte_tokenizer
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.inference.generate import generate
+from transformer.presets import presets
+from transformer.program.program import init_params
+from transformer.storage.model import Model, save
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"max_new_tokens": 24, "temperature": 0.9, "top_k": 100, "top_p": 0.95, "seed": 5}

@@ -14,19 +14,19 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli
-from experiments.config import default_config, read_config
 from experiments.configs import demo, gpt2, tiny
-from experiments.meter import NotFinite
-from experiments.metrics import METRICS_FILE, SAMPLES_FILE, DamagedRows, Log, read_rows
-from experiments.process import only_process
-from experiments.progress import Progress
-from experiments.run import prepare
+from experiments.run import cli
+from experiments.run.config import default_config, read_config
+from experiments.run.meter import NotFinite
+from experiments.run.metrics import METRICS_FILE, SAMPLES_FILE, DamagedRows, Log, read_rows
+from experiments.run.process import only_process
+from experiments.run.progress import Progress
+from experiments.run.run import prepare
 from experiments.train import sample, train
-from kernels.backends import AUTO
+from kernels.backends.choice import AUTO
 from transformer import Config, load, presets
-from transformer.checkpoint import CheckpointError, Checkpoints
-from transformer.flops import flops_per_token
+from transformer.storage.checkpoint import CheckpointError, Checkpoints
+from transformer.training.flops import flops_per_token
 
 ROOT = Path(__file__).parents[2]
 RANDOM = np.random.default_rng()
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     for path in (workdir / "checkpoints" / str(STEPS) / "params").rglob("*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
-    with caplog.at_level(logging.WARNING, "transformer.checkpoint"):
+    with caplog.at_level(logging.WARNING, "transformer.storage.checkpoint"):
         run, last = run_in_process(experiment(corpus), workdir)
     assert (run.start, last) == (STEPS - EVERY, STEPS)
     assert f"{STEPS} is damaged" in caplog.text
@@ -241,8 +241,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(corpus, tmp_path, mon
 def test_a_run_on_a_chosen_backend_of_attention_says_its_mfu(
     corpus, tmp_path, monkeypatch, attention
 ):
-    monkeypatch.setattr("kernels.backends.AUTO", dict.fromkeys(AUTO, ()))  # "auto" would fail
-    monkeypatch.setattr("experiments.meter.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(
+        "kernels.backends.choice.AUTO", dict.fromkeys(AUTO, ())
+    )  # "auto" would fail
+    monkeypatch.setattr("experiments.run.meter.peak_flops", lambda device: 1e12)
     changes = {"train__steps": 2, "optimizer__warmup_steps": 1, "train__attention": attention}
     run, last = run_in_process(experiment(corpus, **changes), tmp_path)
     rows = [row for row in read_rows(tmp_path / METRICS_FILE) if "loss" in row]

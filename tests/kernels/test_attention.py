@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo
 
-import kernels.splash
-import kernels.xla
 from kernels import attention
-from kernels.target import target
+from kernels.backends import splash, xla
+from kernels.tracing.target import target
 
 # Those for a device that is not here skip, with their reason.
 TARGETS = {"triton": ("gpu", 90), "splash": ("tpu",), "cudnn": ("gpu", 90)}
@@ -39,11 +38,11 @@ TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences take several of them, and a part of one."""
-    monkeypatch.setattr(kernels.xla, "KEY_TILE", 16)
-    monkeypatch.setattr(kernels.xla, "QUERY_ROWS", 24)
-    monkeypatch.setattr(kernels.xla, "LARGE_KEY_TILE", 48)
-    monkeypatch.setattr(kernels.xla, "PARTS", 2)
-    monkeypatch.setattr(kernels.splash, "TILE", 128)
+    monkeypatch.setattr(xla, "KEY_TILE", 16)
+    monkeypatch.setattr(xla, "QUERY_ROWS", 24)
+    monkeypatch.setattr(xla, "LARGE_KEY_TILE", 48)
+    monkeypatch.setattr(xla, "PARTS", 2)
+    monkeypatch.setattr(splash, "TILE", 128)
 
 
 @pytest.fixture(params=BACKENDS, scope="module")

@@ -7,13 +7,13 @@ import pytest
 
 from kernels import attention
 from transformer.config import Config
-from transformer.data import Batch
-from transformer.generate import generate
-from transformer.model import Model
-from transformer.optimizer import OptimizerConfig, make_optimizer
-from transformer.program import init_params
-from transformer.tokenizer import byte_tokenizer
-from transformer.train import init_state, make_train_step
+from transformer.data.batches import Batch
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.inference.generate import generate
+from transformer.program.program import init_params
+from transformer.storage.model import Model
+from transformer.training.optimizer import OptimizerConfig, make_optimizer
+from transformer.training.step import init_state, make_train_step
 
 TOKENIZER = byte_tokenizer()
 # A window shorter than the text, so that one layer is a ring; grouped heads; layers in a scan.

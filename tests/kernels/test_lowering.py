@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from kernels import attention
-from kernels.target import target
+from kernels.tracing.target import target
 from transformer.config import Config
-from transformer.data import Batch
-from transformer.generate import _decode, _State
-from transformer.optimizer import OptimizerConfig, make_optimizer
-from transformer.program import init_cache, init_params, program
-from transformer.sampling import Sampling
-from transformer.train import init_state, make_train_step
+from transformer.data.batches import Batch
+from transformer.inference.generate import _decode, _State
+from transformer.inference.sampling import Sampling
+from transformer.program.program import init_cache, init_params, program
+from transformer.training.optimizer import OptimizerConfig, make_optimizer
+from transformer.training.step import init_state, make_train_step
 
 T = 640  # unlike every other size
 CONFIG = Config(

@@ -66,7 +66,7 @@ def test_writes_and_reads_like_the_formula(backend, layout, T, window):
 
 def test_auto_refuses_nothing_that_one_token_needs(monkeypatch):
     """A backend without a way of its own to run one token is passed over, when it may be."""
-    monkeypatch.setattr("kernels.backends.AUTO", {"cpu": ("splash_interpret", "xla")})
+    monkeypatch.setattr("kernels.backends.choice.AUTO", {"cpu": ("splash_interpret", "xla")})
     block, x = jnp.zeros((K, S, H)), jnp.zeros((1, 1, K, H))
     cells = jnp.zeros((1, 1), jnp.int32)
     options = Options(1.0)

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.config import Config, RotaryScaling, presets
-from transformer.positions import alibi_slopes, rotary_frequencies
-from transformer.program import init_params, program
+from transformer.config import Config, RotaryScaling
+from transformer.presets import presets
+from transformer.program.positions import alibi_slopes, rotary_frequencies
+from transformer.program.program import init_params, program
 
 SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_heads": 4}
 

@@ -1,0 +1,95 @@
+"""What can run attention, and the choice among it.
+
+A backend is a module with `attend`, and with `decode` where it has a way of its own to run one
+token. It raises NotImplementedError, with the reason and before it computes anything, when it
+cannot do what it is asked to.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+
+from kernels.tracing.target import platform
+
+BACKENDS = {
+    "reference": "kernels.backends.reference",
+    "xla": "kernels.backends.xla",
+    "triton": "kernels.backends.triton",
+    "triton_interpret": "kernels.backends.triton.interpret",
+    "cudnn": "kernels.backends.cudnn",
+    "splash": "kernels.backends.splash",
+    "splash_interpret": "kernels.backends.splash_interpret",
+}
+# What "auto" tries, in order. cudnn is not among it: it needs positions that are known while
+# tracing, and those of a program are data.
+AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
+_PACKAGES = {"triton": "jax-triton (pip install -e '.[cuda]')"}
+
+_logger = logging.getLogger(__name__)
+
+
+class _Refusal(NotImplementedError):
+    """Names the backend that was chosen."""
+
+
+def check_backend(name: str) -> None:
+    """Raises ValueError unless `name` is "auto" or one of `BACKENDS`."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"attention backend {name!r} does not exist; choose one of "
+            f"{', '.join(['auto', *BACKENDS])}."
+        )
+
+
+def run(name: str, call: Callable):
+    """Runs `call(backend)` with the module of a backend.
+
+    Args:
+      name: one of `BACKENDS`; or "auto", the first of `AUTO` for the platform that can do it. What
+        was chosen is logged once: as information, or as a warning where a better one could not.
+      call: a function of the module, traced.
+
+    Raises:
+      ValueError: there is no such backend.
+      NotImplementedError: the backend cannot do it, for the reason given; "auto": none can.
+    """
+    check_backend(name)
+    if name != "auto":
+        try:
+            return call(_load(name))
+        except _Refusal:
+            raise
+        except NotImplementedError as error:
+            raise _Refusal(f"attention backend {name!r}: {error}") from error
+    reasons = {}
+    for candidate in AUTO[platform()]:
+        try:
+            result = call(_load(candidate))
+        except NotImplementedError as error:
+            reasons[candidate] = str(error)
+        else:
+            _say(platform(), candidate, tuple(reasons.items()))
+            return result
+    raise NotImplementedError(
+        f"no attention backend for a {platform()} can do this:\n" + _listed(reasons.items())
+    )
+
+
+def _load(name):
+    try:
+        return importlib.import_module(BACKENDS[name])
+    except ImportError as error:
+        package = _PACKAGES.get(name.split("_")[0], "a package that is missing")
+        raise NotImplementedError(f"it needs {package}: {error}") from error
+
+
+@functools.cache
+def _say(platform, chosen, reasons):
+    level = logging.WARNING if reasons else logging.INFO
+    because = f", because others cannot:\n{_listed(reasons)}" if reasons else ""
+    _logger.log(level, "attention on a %s runs on the backend %r%s", platform, chosen, because)
+
+
+def _listed(reasons):
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons)

@@ -1,0 +1,80 @@
+"""The backend `cudnn`: NVIDIA's fused attention, as `jax.nn.dot_product_attention` offers it.
+
+Its masks are modes, not data: it knows causality from the first position on, windows, and lengths.
+So it does what is asked when the positions are known while tracing, or when there is one query.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.options import Options
+from kernels.tracing.target import platform
+
+
+def attend(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions=None,
+    q_starts=None,
+    sinks=None,
+    alibi=None,
+    *,
+    options: Options,
+):
+    """`kernels.backends.xla.attend` without the log-sum-exp: None in its place.
+
+    Raises:
+      NotImplementedError: cuDNN has no argument for it, or this is no CUDA GPU with cuDNN.
+    """
+    T, S = q.shape[1], keys.shape[2]
+    _refuse(
+        {
+            f"it runs on CUDA GPUs, and this is a {platform()}": platform() != "gpu",
+            "it takes float16 and bfloat16 only": jnp.dtype(q.dtype).itemsize != 2,
+            "queries and keys must have one dtype": q.dtype != keys.dtype,
+            "it has no positions of keys": kv_positions is not None,
+            "it has no first positions (packed documents)": q_starts is not None,
+            "it has no sinks": sinks is not None,
+            "it has no ALiBi": alibi is not None,
+            "it has no soft cap": options.soft_cap is not None,
+        }
+    )
+    if T == 1:
+        _refuse({"it has no window for a single query": options.window is not None})
+        last = jnp.broadcast_to(q_positions[:, 0], q.shape[:1])
+        choices = {"key_value_seq_lengths": jnp.clip(last + 1, 1, S).astype(jnp.int32)}
+    else:
+        known = isinstance(q_positions, np.ndarray) and (q_positions == np.arange(T)).all()
+        _refuse(
+            {
+                "it needs positions 0..T-1 known while tracing: leave q_positions out": not known,
+                f"it needs as many keys as queries, and got {S} for {T}": S < T,
+            }
+        )
+        keys, values = keys[:, :, :T], values[:, :, :T]
+        window = options.window
+        choices = {"is_causal": True}
+        choices["local_window_size"] = None if window is None else (window - 1, 0)
+    try:
+        z = jax.nn.dot_product_attention(
+            q,
+            keys.swapaxes(1, 2),
+            values.swapaxes(1, 2),
+            scale=options.scale,
+            implementation="cudnn",
+            **choices,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise NotImplementedError(str(error)) from error
+    if T == 1:
+        z = jnp.where(last[:, None, None, None] < 0, 0, z)
+    return z, None
+
+
+def _refuse(reasons):
+    refused = [reason for reason, applies in reasons.items() if applies]
+    if refused:
+        raise NotImplementedError("; ".join(refused) + ".")

@@ -1,0 +1,9 @@
+"""The backend `triton`: fused attention for CUDA GPUs, called through jax-triton.
+
+`triton.interpret` is the same source on a CPU. Needs the packages triton and jax-triton.
+"""
+
+from kernels.backends.triton.attention import attend
+from kernels.backends.triton.decoding import decode
+
+__all__ = ["attend", "decode"]

@@ -1,0 +1,47 @@
+"""The one place that calls jax-triton."""
+
+import jax
+import jax_triton
+import triton
+
+from kernels.tracing.partition import vary_like
+
+# Triton writes PTX for the assembler it comes with, and the assembler that runs it may be older:
+# that of JAX, or the driver's. With the older of Triton's two, PTX is 8.7 on every architecture.
+triton.knobs.nvidia.ptxas_blackwell = triton.knobs.nvidia.ptxas.path
+
+
+def call(kernel, *operands, outputs, programs, launch, architecture, aliases=None, **constants):
+    """Launches a Triton kernel on arrays, from inside a traced function.
+
+    Args:
+      kernel: a `triton.jit` function with parameters: operands, outputs, constants.
+      *operands: arrays and Python integers; None stands for an array that the kernel does not
+        look at.
+      outputs: one `jax.ShapeDtypeStruct` for each output.
+      programs: number of programs, a one-dimensional grid.
+      launch: `launches.Launch`; its tiles are the constants BLOCK_M and BLOCK_N of a kernel that
+        has such.
+      architecture: ten times the compute capability, or `launches.INTERPRETER`.
+      aliases: {operand: output} that share a buffer; operands are counted among the arrays.
+      **constants: the kernel's compile-time constants.
+
+    Returns:
+      The outputs, a list.
+    """
+    tiles = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    arrays = [x for x in operands if isinstance(x, jax.Array)]
+    results = jax_triton.triton_call(
+        # Not the first array: if that is updated in place, a second use would make XLA copy it.
+        *(arrays[-1] if x is None else x for x in operands),
+        kernel=kernel,
+        out_shape=outputs,
+        grid=(programs,),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        compute_capability=architecture,
+        input_output_aliases=aliases,
+        **{name: size for name, size in tiles.items() if name in kernel.arg_names},
+        **constants,
+    )
+    return vary_like(results, arrays)

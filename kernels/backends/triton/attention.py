@@ -1,0 +1,210 @@
+"""The differentiable op: attention by position, forward and backward in Triton."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels.backends.triton.adapter import call
+from kernels.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
+from kernels.backends.triton.forward_kernel import forward_kernel
+from kernels.backends.triton.launches import launch, width
+from kernels.options import Options
+from kernels.tracing.partition import foldable, vary_like
+from kernels.tracing.target import architecture
+
+
+def attend(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions=None,
+    q_starts=None,
+    sinks=None,
+    alibi=None,
+    *,
+    options: Options,
+    on: int | None = None,
+):
+    """Attention by position: a query at i reads the keys at start..i.
+
+    Args:
+      q: [B, T, N, H], float32, bfloat16 or float16; H up to 256.
+      keys, values: [B, K, S, H]; N is a multiple of K. Products are in the narrower of the dtypes
+        of q and keys.
+      q_positions: [B or 1, T] int32; a negative position is padding, which reads nothing.
+      kv_positions: [B or 1, S] int32, negative where a cell is empty; None: cell s holds
+        position s.
+      q_starts: [B or 1, T] int32, the first position each query may read; None: 0.
+      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
+      alibi: [N] constant slopes, score -= slope * (i - p) (arXiv:2108.12409); None: none.
+      options: scale, window, soft cap.
+      on: the architecture to compile for, ten times the compute capability; None: that of
+        `kernels.tracing.target.architecture`.
+
+    Returns:
+      z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
+      of the scores in float32, -inf where a query reads nothing. Both have gradients, for q, keys,
+      values and sinks; the same operands give the same bits every time.
+
+    Raises:
+      NotImplementedError: the head size, dtype or architecture is not in the launch table.
+    """
+    B, _, N, _ = q.shape
+    dtype = q.dtype if q.dtype.itemsize < keys.dtype.itemsize else keys.dtype
+
+    def rows(x):
+        return None if x is None else jnp.broadcast_to(x.astype(jnp.int32), (B, x.shape[1]))
+
+    def heads(x):
+        return None if x is None else jnp.broadcast_to(x.astype(jnp.float32), (B, N))
+
+    operands = (
+        q.astype(dtype),
+        keys.astype(dtype),
+        values.astype(dtype),
+        rows(q_positions),
+        rows(kv_positions),
+        rows(q_starts),
+        heads(sinks),
+        heads(alibi),
+    )
+    operands = vary_like(operands, operands)
+    z, lse = _attend(options, architecture() if on is None else on, *operands)
+    return z.astype(q.dtype), lse.swapaxes(1, 2)
+
+
+# The axes of the operands: see `kernels.tracing.partition`.
+AXES = ("btnh", "bksh", "bksh", "bt", "bs", "bt", "bn", "bn")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(options, on, *operands):
+    return foldable(partial(_forward, options, on), AXES, ("btnh", "bnt"))(*operands)
+
+
+def _attend_fwd(options, on, *operands):
+    z, lse = _attend(options, on, *operands)
+    return (z, lse), (operands, z, lse)
+
+
+def score_constants(options, head_size, alibi):
+    """The constants that all kernels share: the head size and how a score is made."""
+    plain = options.soft_cap is None and alibi is None
+    return {
+        "H": head_size,
+        "WIDTH": width(head_size),
+        "SCALE": options.scale,
+        "WINDOW": options.window,
+        "SOFT_CAP": options.soft_cap,
+        "UNIT": math.log2(math.e) * (options.scale if plain else 1),
+        "HAS_ALIBI": alibi is not None,
+    }
+
+
+def _constants(options, q, keys, kv_positions, q_starts, alibi):
+    return score_constants(options, q.shape[3], alibi) | {
+        "N": q.shape[2],
+        "K": keys.shape[1],
+        "HAS_KV_POSITIONS": kv_positions is not None,
+        "HAS_STARTS": q_starts is not None,
+    }
+
+
+def _forward(options, on, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi):
+    """Returns z [B, T, N, H] and the log-sum-exp [B, N, T]."""
+    B, T, N, H = q.shape
+    tile = launch("forward", on, H, q.dtype)
+    z, lse = call(
+        forward_kernel,
+        q,
+        keys,
+        values,
+        q_positions,
+        kv_positions,
+        q_starts,
+        sinks,
+        alibi,
+        T,
+        keys.shape[2],
+        outputs=[_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        programs=B * N * -(-T // tile.block_m),
+        launch=tile,
+        architecture=on,
+        HAS_SINKS=sinks is not None,
+        **_constants(options, q, keys, kv_positions, q_starts, alibi),
+    )
+    return z, lse
+
+
+def _backward(
+    options,
+    on,
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions,
+    q_starts,
+    sinks,
+    alibi,
+    z,
+    lse,
+    dz,
+    dlse,
+):
+    """Gradients of q, keys, values and, where there are any, sinks [B, N]."""
+    B, T, N, H = q.shape
+    K, S = keys.shape[1:3]
+    # A sum of products, not an einsum: a GPU would make that a matrix product in lower precision.
+    delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(3).swapaxes(1, 2) - dlse
+    arrays = (q, keys, values, q_positions, kv_positions, q_starts, alibi, dz, lse, delta)
+    constants = _constants(options, q, keys, kv_positions, q_starts, alibi)
+    tile = launch("dq", on, H, q.dtype)
+    (dq,) = call(
+        dq_kernel,
+        *arrays,
+        T,
+        S,
+        outputs=[_like(q)],
+        programs=B * N * -(-T // tile.block_m),
+        launch=tile,
+        architecture=on,
+        **constants,
+    )
+    tile = launch("dkdv", on, H, q.dtype)
+    dkeys, dvalues = call(
+        dkdv_kernel,
+        *arrays,
+        T,
+        S,
+        outputs=[_like(keys), _like(values)],
+        programs=B * K * -(-S // tile.block_n),
+        launch=tile,
+        architecture=on,
+        **constants,
+    )
+    if sinks is None:
+        return dq, dkeys, dvalues
+    # A query that reads nothing has no weight for a sink of -inf either.
+    weights = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), 0, lse))
+    return dq, dkeys, dvalues, -(weights * delta).sum(2)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _attend_bwd(options, on, residuals, cotangents):
+    operands, z, lse = residuals
+    backward = partial(_backward, options, on)
+    axes = (*AXES, "btnh", "bnt", "btnh", "bnt")
+    results = ("btnh", "bksh", "bksh", "bn")[: 3 if operands[6] is None else 4]
+    gradients = foldable(backward, axes, results)(*operands, z, lse, *cotangents)
+    dq, dkeys, dvalues, *dsinks = gradients
+    return dq, dkeys, dvalues, None, None, None, dsinks[0] if dsinks else None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

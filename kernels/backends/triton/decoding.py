@@ -1,0 +1,147 @@
+"""The instruction for one token of each sequence: write one cell, read the cells up to it."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.backends.triton.adapter import call
+from kernels.backends.triton.attention import score_constants
+from kernels.backends.triton.decode_kernels import combine_kernel, decode_kernel
+from kernels.backends.triton.launches import launch, power_of_two, split_size, width
+from kernels.cells import is_batched, is_ring
+from kernels.options import Options
+from kernels.tracing.partition import split_by_rows_and_heads
+from kernels.tracing.target import architecture
+
+
+def decode(
+    keys,
+    values,
+    layer,
+    cells,
+    starts,
+    k,
+    v,
+    q,
+    sinks,
+    alibi,
+    *,
+    options: Options,
+    on: int | None = None,
+):
+    """Writes one new cell of each sequence into one layer's block in place, then reads.
+
+    Products are in the dtype of the blocks, sums in float32. There is no gradient and no batching
+    rule: sequences are the leading axis of every array.
+
+    Args:
+      keys, values: as in `kernels.write_read.write_read`, written in place: donate them. A block of
+        `options.window` cells is a ring, where position p lives in cell p % window.
+      layer: scalar int32, which of the L layers; None where there is no such axis.
+      cells: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
+      starts: [B or 1, 1] int32, the first position each token may read; None: 0.
+      k, v: [B, 1, K, H].
+      q: [B, 1, N, H].
+      sinks, alibi: [N] or None, as in `attend`.
+      options: scale, window, soft cap.
+      on: the architecture to compile for, ten times the compute capability; None: that of
+        `kernels.tracing.target.architecture`.
+
+    Returns:
+      keys, values with the new cells, and z [B, 1, N, H] in q's dtype.
+
+    Raises:
+      NotImplementedError: the head size, dtype or architecture is not in the launch table.
+    """
+    on = architecture() if on is None else on
+    batched = is_batched(keys, layer)
+    block = "b" * batched + "l" * (layer is not None) + "ksh"
+    operands = {
+        "q": (q, "btnh"),
+        "k": (k, "btkh"),
+        "v": (v, "btkh"),
+        "keys": (keys, block),
+        "values": (values, block),
+        "layer": (None if layer is None else jnp.asarray(layer, jnp.int32), ""),
+        "cells": (_rows(cells, q), "b"),
+        "starts": (_rows(starts, q), "b"),
+        "sinks": (sinks, "n"),
+        "alibi": (alibi, "n"),
+    }
+    arrays, axes = zip(*operands.values(), strict=True)
+    step = lambda *arrays: _step(options, on, **dict(zip(operands, arrays, strict=True)))
+    return split_by_rows_and_heads(step, arrays, axes, (block, block, "btnh"))
+
+
+def _rows(x, q):
+    """[B or 1, 1] -> [B]."""
+    return None if x is None else jnp.broadcast_to(x[:, 0].astype(jnp.int32), q.shape[:1])
+
+
+def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi):
+    """One step on one device; cells and starts [B]."""
+    *_, K, S, H = keys.shape  # to a kernel they are one stretch of memory; no reshape, no copy
+    B, _, N, _ = q.shape
+    tile = launch("decode", on, H, keys.dtype)
+    split = split_size(on, B * K, S)
+    splits = -(-S // split)
+    # Query heads of one key head that share a program: a tile of 8192 numbers at most, for which
+    # the launches of the table have registers and shared memory.
+    group = min(max(tile.block_m, power_of_two(N // K)), 8192 // width(H))
+
+    def heads(x):
+        return None if x is None else x.astype(jnp.float32)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    keys, values, z, peaks, totals = call(
+        decode_kernel,
+        keys,
+        values,
+        jnp.int32(0) if layer is None else layer,
+        cells,
+        starts,
+        k.astype(keys.dtype),
+        v.astype(values.dtype),
+        q.astype(keys.dtype),
+        heads(sinks),
+        heads(alibi),
+        S,
+        outputs=[
+            shape(*keys.shape, dtype=keys.dtype),
+            shape(*values.shape, dtype=values.dtype),
+            shape(B, N, splits, H, dtype=q.dtype if splits == 1 else jnp.float32),
+            shape(B, N, splits),
+            shape(B, N, splits),
+        ],
+        programs=B * K * -(-(N // K) // group) * splits,
+        launch=tile,
+        architecture=on,
+        aliases={0: 0, 1: 1},
+        L=1 if layer is None else keys.shape[-4],
+        N=N,
+        K=K,
+        GROUP=group,
+        SPLIT=split,
+        RING=is_ring(options, S),
+        HAS_STARTS=starts is not None,
+        HAS_SINKS=sinks is not None,
+        **score_constants(options, H, alibi),
+    )
+    if splits > 1:
+        tile = launch("combine", on, H, jnp.float32)
+        (z,) = call(
+            combine_kernel,
+            z,
+            peaks,
+            totals,
+            outputs=[shape(B, N, H, dtype=q.dtype)],
+            programs=B * N,
+            launch=tile,
+            architecture=on,
+            H=H,
+            WIDTH=width(H),
+            SPLITS=splits,
+            PADDED_SPLITS=power_of_two(splits),
+        )
+    return keys, values, z.reshape(q.shape)

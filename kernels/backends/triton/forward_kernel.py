@@ -1,0 +1,145 @@
+"""Flash attention, forward (Dao, arXiv:2307.08691): one program per tile of queries of one head."""
+
+import triton
+import triton.language as tl
+
+from kernels.backends.triton.tiles import (
+    LN2,
+    LOG2E,
+    PRECISION,
+    key_positions,
+    load_rows,
+    needs_mask,
+    query_intervals,
+    scores,
+    store_rows,
+    visible_keys,
+)
+
+
+@triton.jit
+def _read(
+    state,
+    query,
+    slope,
+    intervals,
+    visible,
+    block,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_KV_POSITIONS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Runs the online softmax over the visible keys; state: (mixed, total, peak)."""
+    mixed, total, peak = state
+    first, last = intervals
+    span, full, hull = visible
+    low, high = span
+    lowest, highest = hull
+    keys, values, kv_positions, S = block
+    for start in range(low, high, BLOCK_N):
+        cells = start + tl.arange(0, BLOCK_N)
+        positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
+        inside = (positions >= lowest) & (positions <= highest)
+        key = load_rows(keys, cells, H, inside, H, WIDTH)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        distance = last[:, None] - positions[None, :]
+        s, _ = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
+        if needs_mask(start, full, BLOCK_N):
+            seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= last[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * UNIT)
+        # A row that has seen nothing yet must not subtract -inf from -inf.
+        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(s * UNIT - reference[:, None])
+        shrink = tl.exp2(peak - reference)
+        total = total * shrink + tl.sum(weights, 1)
+        value = load_rows(values, cells, H, inside, H, WIDTH)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
+        peak = new_peak
+    return mixed, total, peak
+
+
+@triton.jit
+def forward_kernel(
+    q,
+    keys,
+    values,
+    q_positions,
+    kv_positions,
+    q_starts,
+    sinks,
+    alibi,
+    T,
+    S,
+    z,
+    lse,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_KV_POSITIONS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """q, z [B, T, N, H]; keys, values [B, K, S, H]; lse [B, N, T]; sinks, alibi [B, N].
+
+    Programs: B * N * ceil(T / BLOCK_M). WIDTH is H rounded up to a power of two.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest rows of a causal text start first
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # of all B * N
+    b = head // N
+    n = head % N
+    kv_head = b * K + n // (N // K)
+    block = (keys + kv_head * S * H, values + kv_head * S * H, kv_positions + b * S, S)
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < T
+    offsets = (b * T + rows) * N + n
+    first, last = query_intervals(
+        q_positions + b * T, q_starts + b * T, rows, T, HAS_STARTS, WINDOW
+    )
+    visible = visible_keys(first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N)
+    query = load_rows(q, offsets, H, inside, H, WIDTH)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi + head)
+    mixed = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
+    if HAS_SINKS:
+        peak = tl.full([BLOCK_M], 0.0, tl.float32) + tl.load(sinks + head) * LOG2E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.full([BLOCK_M], 0.0, tl.float32)
+    mixed, total, peak = _read(
+        (mixed, total, peak),
+        query,
+        slope,
+        (first, last),
+        visible,
+        block,
+        H=H,
+        WIDTH=WIDTH,
+        SCALE=SCALE,
+        SOFT_CAP=SOFT_CAP,
+        UNIT=UNIT,
+        HAS_KV_POSITIONS=HAS_KV_POSITIONS,
+        HAS_ALIBI=HAS_ALIBI,
+        BLOCK_N=BLOCK_N,
+    )
+    mixed /= tl.where(total == 0, 1.0, total)[:, None]
+    store_rows(z, offsets, H, inside, mixed, H, WIDTH)
+    tl.store(lse + head * T + rows, (peak + tl.log2(total)) * LN2, mask=inside)

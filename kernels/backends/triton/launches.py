@@ -1,0 +1,100 @@
+"""How each kernel is launched: a fixed table per architecture, head size and dtype.
+
+There is no tuning at run time: it would make the numbers of one run differ from those of the next.
+"""
+
+import contextlib
+import contextvars
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from kernels.backends.triton.table import TABLE
+
+INTERPRETER = 0  # the architecture that runs the kernels' source on the CPU
+
+_trial = contextvars.ContextVar("triton_trial", default=(None, None))
+
+
+class Launch(NamedTuple):
+    """Tile of queries, tile of keys, warps, and stages of the software pipeline over tiles."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@contextlib.contextmanager
+def trial(kernel: str, launch: Launch):
+    """Launches one kernel in another way than the table says, to see how it does.
+
+    It is read while tracing: a function that `jit` has traced before keeps its launch.
+    """
+    token = _trial.set((kernel, launch))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+def width(head_size: int) -> int:
+    """The head size that the kernels compute with: a power of two, at least 32."""
+    return max(32, power_of_two(head_size))
+
+
+def split_size(architecture: int, blocks: int, cells: int) -> int:
+    """Cells that one program of the decode kernel reads, of `blocks` blocks of `cells` cells.
+
+    Small, so that one sequence fills a GPU, but never so small that there are more programs than
+    keep a GPU busy: each costs a part that the second kernel merges.
+    """
+    size = 128 if architecture == INTERPRETER else 256
+    while size < cells and blocks * -(-cells // size) > 2048:
+        size *= 2
+    return size
+
+
+def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
+    """The table's entry for a kernel: "forward", "dq", "dkdv", "decode", "combine".
+
+    Raises:
+      NotImplementedError: the table has no entry for the architecture, head size or dtype.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"triton kernels take float32, bfloat16, float16; got {dtype}.")
+    if head_size > 256:
+        raise NotImplementedError(f"triton kernels take a head size up to 256; got {head_size}.")
+    tried, how = _trial.get()
+    if kernel == tried:
+        return how
+    if kernel == "combine":
+        return Launch(1, 16, 4, 2)
+    if architecture == INTERPRETER:
+        return _INTERPRETED[kernel]
+    if architecture not in _FAMILY:
+        known = ", ".join(str(a / 10) for a in _FAMILY)
+        raise NotImplementedError(
+            f"triton kernels run on compute capability {known}; got {architecture / 10}."
+        )
+    return Launch(*TABLE[_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)][kernel])
+
+
+# The family whose entries an architecture uses. Those of 80 fit the smaller shared memory of
+# workstation and consumer chips, 99 KiB.
+_FAMILY = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 80}
+
+
+# Small tiles, unequal on purpose, so that small arrays have several of them.
+_INTERPRETED = {
+    "forward": Launch(64, 128, 4, 1),
+    "dq": Launch(64, 128, 4, 1),
+    "dkdv": Launch(128, 64, 4, 1),
+    "decode": Launch(16, 64, 4, 1),
+}

@@ -1,0 +1,101 @@
+"""The choice of the backend: what is picked, what is said, what is refused."""
+
+import logging
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels import attention
+from kernels.backends import choice as backends
+from kernels.tracing.target import architecture, platform, target
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Fakes the backends `good`, `bad` (always refuses) and `missing` (does not import)."""
+
+    def refuse(*_, **__):
+        raise NotImplementedError("it is a bad one")
+
+    modules = {"good": types.SimpleNamespace(attend=lambda: "good")}
+    modules["bad"] = types.SimpleNamespace(attend=refuse)
+
+    def load(path):
+        if path not in modules:
+            raise ImportError(f"no module named {path}")
+        return modules[path]
+
+    monkeypatch.setattr(backends, "BACKENDS", {n: n for n in ("good", "bad", "missing")})
+    monkeypatch.setattr(backends, "importlib", types.SimpleNamespace(import_module=load))
+    backends._say.cache_clear()
+
+    def offer(*names):
+        monkeypatch.setattr(backends, "AUTO", {platform(): names})
+
+    return offer
+
+
+def attend(module):
+    return module.attend()
+
+
+def test_auto_takes_the_first_that_can_and_says_so_once(offered, caplog):
+    caplog.set_level(logging.INFO, "kernels.backends.choice")
+    offered("good", "bad")
+    assert backends.run("auto", attend) == backends.run("auto", attend) == "good"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage().endswith("runs on the backend 'good'")
+
+
+def test_auto_collects_the_reasons_of_those_that_cannot(offered, caplog):
+    offered("missing", "bad", "good")
+    assert backends.run("auto", attend) == "good"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "no module named missing" in record.getMessage()
+    assert "bad: it is a bad one" in record.getMessage()
+
+    offered("missing", "bad")
+    with pytest.raises(NotImplementedError, match=r"(?s)missing: it needs .*bad: it is a bad one"):
+        backends.run("auto", attend)
+
+
+@pytest.mark.parametrize("name", ["bad", "missing"])
+def test_an_explicit_choice_never_falls_back(offered, name):
+    offered("good")
+    with pytest.raises(NotImplementedError, match=f"attention backend '{name}': it "):
+        backends.run(name, attend)
+
+
+def test_every_auto_choice_exists_and_ends_with_what_can_do_all():
+    for names in backends.AUTO.values():
+        assert set(names) <= set(backends.BACKENDS)
+        assert names[-1] == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("triton", "GPU"), ("cudnn", "GPU"), ("splash", "TPU")]
+)
+def test_a_backend_of_another_platform_says_so(name, device):
+    x = jnp.zeros((1, 2, 1, 32), jnp.bfloat16)
+    with target("cpu"), pytest.raises(NotImplementedError) as error:
+        attention(x, x, x, backend=name)
+    if "it needs" not in str(error.value):  # a package that is not installed
+        assert f"{device}s, and this is a cpu" in str(error.value)
+
+
+def test_a_target_is_a_platform_and_its_architecture():
+    with target("gpu", 90):
+        assert (platform(), architecture()) == ("gpu", 90)
+        with target("tpu"):
+            assert platform() == "tpu"
+            with pytest.raises(NotImplementedError, match="this is a tpu"):
+                architecture()
+        assert platform() == "gpu"
+    assert platform() == jax.default_backend()
+    for wrong in (("gpu",), ("tpu", 5), ("abacus",)):
+        with pytest.raises(ValueError, match="choose 'cpu', 'tpu', or 'gpu'"), target(*wrong):
+            pass

@@ -1,0 +1,148 @@
+"""Every kernel of the launch table, compiled for each architecture on a machine without a GPU."""
+
+import pathlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.options import Options
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
+pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
+
+from kernels.backends.triton import attend, decode, search, table
+from kernels.backends.triton.launches import Launch, launch, split_size
+from kernels.backends.triton.resources import array_shapes, compiled, instructions, lower
+
+ARCHITECTURES = (80, 90, 100)
+WIDTHS = (32, 64, 128, 256)
+B, T, N, K = 2, 1056, 8, 2
+
+
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lower_training(architecture, H, dtype, T=T, alibi=None, **choices):
+    """Forward and backward of attention over packed documents."""
+    options = Options(H**-0.5, **choices)
+
+    def gradients(q, keys, values, q_positions, q_starts, alibi):
+        def loss(*moving):
+            z, _ = attend(*moving, q_positions, None, q_starts, None, alibi, options=options)
+            return z.astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, keys, values)
+
+    q, block = array(B, T, N, H, dtype=dtype), array(B, K, T, H, dtype=dtype)
+    arrays = (q, block, block, array(B, T), array(B, T), alibi)
+    return lower(gradients, *arrays, architecture=architecture)
+
+
+def lower_decode(architecture, H, dtype, S=8192, **choices):
+    block = array(B, 2, K, S, H, dtype=dtype)
+    cell, q = array(B, 1, K, H, dtype=dtype), array(B, 1, N, H, dtype=dtype)
+    step = partial(decode, options=Options(H**-0.5, **choices))
+    arrays = (block, block, array(), array(B, 1), None, cell, cell, q, None, None)
+    return lower(step, *arrays, architecture=architecture)
+
+
+@pytest.fixture
+def report(record_property):
+    """Hands what kernels ask of a GPU to tests/conftest.py, which prints it after the tests."""
+
+    def write(kernels, H, dtype):
+        for kernel in kernels:
+            line = (
+                f"{f'sm_{kernel.architecture}':>6} {dtype:8} H={H:3} {kernel.name:14} "
+                f"warps {kernel.num_warps} registers {kernel.registers:3} stack {kernel.stack} "
+                f"spills {kernel.spills} shared {kernel.shared:6} PTX {kernel.ptx_version}"
+            )
+            record_property("kernel", line)
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("H", WIDTHS)
+def test_shipped_kernels_fit(architecture, dtype, H, report):
+    kernels = compiled(lower_training(architecture, H, dtype))
+    kernels += compiled(lower_decode(architecture, H, dtype))
+    report(kernels, H, dtype)
+    names = ["forward_kernel", "dq_kernel", "dkdv_kernel", "decode_kernel", "combine_kernel"]
+    assert [kernel.name for kernel in kernels] == names
+    for kernel in kernels:
+        assert search.misfit(kernel, dtype) is None, kernel.name
+        assert kernel.ptx_version <= 8.8, kernel.name
+        assert kernel.registers * 32 * kernel.num_warps <= 65536, kernel.name
+    if architecture == 90 and dtype == "bfloat16":
+        # At 256 the two gradients of a tile of 64 keys would not fit the registers.
+        assert instructions(kernels[2])["HGMMA"] or H == 256
+
+
+def test_every_option_at_once_compiles(report):
+    """Window, soft cap, starts and ALiBi together, and a head size that is not a power of two."""
+    alibi = array(N, dtype=jnp.float32)
+    lowered = lower_training(90, 80, "float16", alibi=alibi, window=300, soft_cap=30.0)
+    kernels = compiled(lowered) + compiled(lower_decode(90, 80, "float16", S=512, window=512))
+    report(kernels, 80, "float16")
+    # A few values that the loops do not touch may wait on the stack; a spill inside would be more.
+    assert all(kernel.stack <= 32 for kernel in kernels)
+
+
+@pytest.mark.parametrize("blocks", [1, 90, 2048, 5000])
+def test_splits_for_any_number_of_blocks(blocks):
+    size = split_size(90, blocks, 4096)
+    assert size == 4096 or blocks * 4096 / size <= 2048
+
+
+def test_no_array_of_queries_by_keys():
+    """A training step lowers to the three kernels, and its arrays grow linearly in T."""
+    lowered = lower_training(90, 64, "bfloat16")
+    assert lowered.as_text().count("@triton_kernel_call") == 3
+    shapes = array_shapes(lowered)
+    assert (B, T, N, 64) in shapes
+    assert not any(shape.count(T) > 1 for shape in shapes)
+
+
+def test_decode_updates_the_blocks_in_place():
+    """The kernel's results are its operands' buffers, and no other operand is a block."""
+    text = lower_decode(90, 64, "bfloat16").as_text()
+    call = next(line for line in text.splitlines() if "@triton_kernel_call" in line)
+    aliases = call[call.index("output_operand_aliases") :]
+    for i in range(2):
+        assert f"output_tuple_indices = [{i}], operand_index = {i}" in aliases
+    block = f"tensor<{B}x2x{K}x8192x64xbf16>"
+    operands = call[call.rindex(": (") : call.rindex("->")]
+    assert operands.count(block) == 2
+
+
+@pytest.mark.parametrize("architecture", [75, 103])
+def test_unknown_architecture(architecture):
+    with pytest.raises(NotImplementedError, match="compute capability"):
+        launch("forward", architecture, 64, jnp.bfloat16)
+
+
+def test_without_a_gpu_and_without_a_target():
+    if jax.default_backend() == "gpu":
+        pytest.skip("this process has a GPU")
+    x = jnp.zeros((1, 1, 1, 32))
+    with pytest.raises(NotImplementedError, match="runs on CUDA GPUs, and this is a cpu"):
+        attend(x, x, x, jnp.zeros((1, 1), jnp.int32), options=Options(1.0))
+
+
+def test_the_table_is_as_the_search_writes_it():
+    assert pathlib.Path(table.__file__).read_text().endswith(search.render(table.TABLE))
+
+
+def test_the_search_takes_the_first_launch_that_fits(capsys):
+    """The first would hold 128 x 256 sums, among others, in the registers of four warps."""
+    launches = [Launch(128, 64, 4, 1), Launch(64, 32, 4, 1), Launch(32, 32, 4, 1)]
+    ((taken, kernel),) = search.fitting("forward", 90, "bfloat16", 256, launches)
+    assert taken == launches[1]
+    assert kernel.name == "forward_kernel"
+    assert search.misfit(kernel, "bfloat16") is None
+    assert "spilled" in capsys.readouterr().out

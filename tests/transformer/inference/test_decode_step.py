@@ -1,0 +1,93 @@
+"""What the compiled decode step does, read from its program: no scatter, no copy of a block."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from transformer.config import Config
+from transformer.program.program import init_cache, init_params, program
+
+CONFIG = Config(vocab_size=101, max_length=4096, num_layers=2, width=48, num_heads=3)
+
+
+def decode_loop(config, capacity, batch):
+    """The compiled text of a loop that generates greedily into a cache it owns."""
+    f = program(config)
+
+    def generate(params, cache, token, i):
+        def step(carry, _):
+            cache, token, i = carry
+            cache, logits = f(params, cache, token, i)
+            token = jnp.argmax(logits).astype(jnp.int32)
+            return (cache, token, i + 1), token
+
+        return jax.lax.scan(step, (cache, token, i), length=16)
+
+    cache = init_cache(config, capacity)
+    token = i = jnp.int32(0)
+    if batch:
+        generate = jax.vmap(generate, in_axes=(None, 0, 0, 0))
+        stack = lambda x: jnp.zeros((batch, *x.shape), x.dtype)
+        cache, token, i = jax.tree.map(stack, (cache, token, i))
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    lowered = jax.jit(generate, donate_argnums=1).lower(params, cache, token, i)
+    return lowered.compile().as_text()
+
+
+def operations(text, at_least):
+    """(opcode, name) of instructions whose result has at least so many elements."""
+    found = re.findall(r"%(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    for name, shape, opcode in found:
+        size = 1
+        for n in shape.split(","):
+            size *= int(n)
+        if size >= at_least:
+            yield opcode, name
+
+
+# What may have the size of a block (tiles of three sequences are smaller than the block of one):
+# other names for it, and the change of a cell in place.
+HARMLESS = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-update-slice"}
+
+
+@pytest.mark.parametrize("batch", [None, 3], ids=["one", "batch"])
+@pytest.mark.parametrize(
+    ("capacity", "window", "scanned"),
+    [
+        (4096, None, False),
+        (4096, None, True),
+        (4096, 3500, False),
+        (4096, 3500, True),
+        (128, None, False),
+        (4096, 128, False),
+    ],
+    ids=["all", "all-scanned", "ring", "ring-scanned", "one-tile", "one-tile-ring"],
+)
+def test_no_scatter_and_no_copy_of_a_block(batch, capacity, window, scanned):
+    config = CONFIG.replace(scan_layers=scanned, window=window)
+    text = decode_loop(config, capacity, batch)
+    opcodes = {opcode for opcode, _ in operations(text, 1)}
+    assert {"while", "dynamic-update-slice"} <= opcodes | set(re.findall(r"\) (while)\(", text))
+    assert not {opcode for opcode in opcodes if "scatter" in opcode}
+    block = CONFIG.num_kv_heads * (window or capacity) * CONFIG.head_size
+    moved = [
+        (opcode, name)
+        for opcode, name in operations(text, block)
+        if opcode not in HARMLESS and not (opcode == "fusion" and "dynamic-update-slice" in name)
+    ]
+    assert not moved
+
+
+def test_scanned_layers_are_compiled_once():
+    """The traced program of 100 scanned layers is as long as that of 10."""
+
+    def length(num_layers):
+        config = CONFIG.replace(num_layers=num_layers, scan_layers=True)
+        params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+        traced = jax.make_jaxpr(program(config))(params, init_cache(config, 8), 0, 0)
+        return len(str(traced).splitlines())
+
+    assert length(100) == length(10)

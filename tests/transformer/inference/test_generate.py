@@ -1,0 +1,343 @@
+"""Generation against the parallel mode, batches against single prompts, and what is compiled."""
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from transformer.config import Config
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.inference.completion import Writer
+from transformer.inference.generate import (
+    _cast,
+    _decode,
+    _prefill,
+    _State,
+    capacity_for,
+    generate,
+    stream,
+)
+from transformer.inference.sampling import Sampling
+from transformer.inference.score import score
+from transformer.modes.schedule import run
+from transformer.program.layers import Linear
+from transformer.program.program import init_cache, init_params, program
+from transformer.storage.model import Model
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.end_of_document
+SMALL = Config(
+    vocab_size=300,
+    max_length=256,
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    tie_embeddings=False,
+)
+# Most tests run this one, with 1 or 5 prompts, so that little is compiled.
+RINGS = SMALL.replace(window=(24, None), scan_layers=True)
+CONFIGS = {
+    "rings in scanned layers": RINGS,
+    "learned positions, a window longer than a chunk": SMALL.replace(
+        positions="learned", norm="layer", biases="all", feed_forward="gelu", window=100
+    ),
+}
+LENGTHS = (1, 5, 64, 66, 140)  # no chunk of the prefill, one, exactly one, two, three
+
+
+@cache
+def model(config):
+    # At 10 times the usual size of matrices, tokens depend on all of their context.
+    params = init_params(config, jax.random.key(config.num_layers))
+    widen = lambda x: 10 * x if x.ndim > 1 and min(x.shape) > 2 else x
+    return Model(config, jax.tree.map(widen, params), TOKENIZER)
+
+
+def random_prompts():
+    rng = np.random.default_rng()
+    return [rng.integers(0, 256, length).tolist() for length in LENGTHS]
+
+
+@cache
+def reciter(text):
+    """A model whose tokens follow each other as in a text of distinct bytes, and then end."""
+    chain = [*text.encode(), END]
+    config = RINGS
+    params = jax.tree.map(jnp.zeros_like, model(config).params)
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(config.vocab_size, config.width)).astype(np.float32)
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    output = np.zeros((config.width, config.vocab_size), np.float32)
+    output[:, chain[1:]] = 20 * embedding[chain[:-1]].T
+    params = params.replace(
+        embedding=jnp.asarray(embedding),
+        output=Linear(jnp.asarray(output)),
+        final_norm=params.final_norm.replace(scale=jnp.ones(config.width)),
+    )
+    return Model(config, params, TOKENIZER)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.2, "top_k": 100}])
+def test_a_prompt_gets_in_a_batch_what_it_gets_alone(config, sampling):
+    prompts = random_prompts()
+    options = {"max_new_tokens": 40, "seed": len(prompts[0])} | sampling
+    together = generate(model(config), prompts, **options)
+    for prompt, completion in zip(prompts, together, strict=True):
+        [alone] = generate(model(config), [prompt], **options)
+        assert completion.tokens == alone.tokens and completion.text == alone.text
+        # Other shapes of matrix products round float32 logits differently.
+        np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
+    # Greedily, two may come to repeat the same.
+    assert len({tuple(completion.tokens) for completion in together}) > 1
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_generation_is_the_argmax_of_the_parallel_mode(config):
+    m, f, prompts = model(config), program(config), random_prompts()
+    parallel = jax.jit(lambda tokens: run(f, m.params, init_cache(config, len(tokens)), tokens)[1])
+    completions = generate(m, prompts, max_new_tokens=40, temperature=0)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        written = prompt + completion.tokens
+        logits = parallel(np.pad(written, (0, config.max_length - len(written))))
+        logits = np.asarray(logits)[len(prompt) - 1 : len(written) - 1]
+        at = np.arange(len(logits)), completion.tokens
+        # The largest, or a tie with it to the rounding of float32.
+        assert (logits[at] >= logits[:, : TOKENIZER.vocab_size].max(axis=1) - 1e-4).all()
+        expected = np.asarray(jax.nn.log_softmax(logits))[at]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_bfloat16_casts_matrices_once_and_agrees_with_the_parallel_mode():
+    config = SMALL.replace(dtype="bfloat16", num_experts=4)
+    params = _cast(config, model(config).params)
+    layer = params.layers[0]
+    assert params.embedding.dtype == layer.attention.query.weight.dtype == jnp.bfloat16
+    assert layer.feed_forward.up.dtype == jnp.bfloat16
+    assert params.final_norm.scale.dtype == layer.attention_norm.scale.dtype == jnp.float32
+    prompt = random_prompts()[3]
+    [completion] = generate(model(config), [prompt], max_new_tokens=30, seed=1)
+    expected = score(model(config), prompt + completion.tokens)[len(prompt) - 1 :]
+    # bfloat16 has 8 bits: logits of up to about 10 differ by a few times 10 / 256.
+    np.testing.assert_allclose(completion.logprobs, expected, atol=0.25)
+
+
+def test_other_lengths_and_parameters_compile_nothing():
+    compiled = []
+    record = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(record)
+    config = SMALL.replace(num_layers=1)
+    short, long = "a prompt", random_prompts()[-1]
+    generate(model(config), [short], max_new_tokens=3)
+    assert compiled
+    compiled.clear()
+    generate(model(config), [long], max_new_tokens=50)
+    generate(model(config), [long], max_new_tokens=9, temperature=0.5, top_k=3, top_p=0.9, seed=7)
+    generate(model(config), ["ab"], max_new_tokens=200, temperature=0, min_p=0.1, stop=["x", 7])
+    list(stream(model(config), [short], max_new_tokens=5))
+    assert not compiled
+
+
+def test_another_capacity_compiles_once():
+    compiled = []
+    record = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(record)
+    config = SMALL.replace(num_layers=1, max_length=1024)
+    generate(model(config), [[65] * 20], max_new_tokens=3)
+    compiled.clear()
+    generate(model(config), [[65] * 500], max_new_tokens=12)  # all of the 512 cells
+    assert not compiled
+    generate(model(config), [[65] * 501], max_new_tokens=12)
+    assert compiled
+    compiled.clear()
+    generate(model(config), [[65] * 700], max_new_tokens=68)  # all of the 768
+    generate(model(config), [[65] * 9], max_new_tokens=3)
+    assert not compiled
+
+
+@given(num_tokens=st.integers(1, 2**20))
+def test_capacities_are_few_and_fit(num_tokens):
+    capacity = capacity_for(num_tokens)
+    assert num_tokens <= capacity <= max(512, 1.5 * num_tokens)
+    assert capacity_for(capacity) == capacity and capacity % 64 == 0
+    assert len({capacity_for(n) for n in range(1, 2**14, 63)}) == 11
+
+
+def compiled_phases(config, rows, capacity):
+    """The compiled text of prefill and decode loop."""
+    f = program(config)
+    shape = jax.ShapeDtypeStruct
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    scalar, per_row = shape((), jnp.int32), shape((rows,), jnp.int32)
+    prefill = (config, f, params, shape((rows, capacity), jnp.int32), per_row, scalar)
+    cache = jax.eval_shape(lambda *arrays: _prefill(config, f, *arrays), *prefill[2:])
+    state = _State(cache, per_row, per_row, shape((rows, 2), jnp.uint32))
+    stop_ids, running = shape((8,), jnp.int32), shape((rows,), jnp.bool_)
+    decode = (f, params, state, running, Sampling.make(), stop_ids, scalar)
+    texts = (
+        _prefill.lower(*prefill).compile().as_text(),
+        _decode.lower(*decode).compile().as_text(),
+    )
+    return texts, cache
+
+
+@pytest.mark.parametrize(
+    "config, rows",
+    [(SMALL, 1), (RINGS, 3), (SMALL, 3)],
+)
+def test_compiled_loops_compute_and_copy_only_what_they_need(config, rows):
+    (prefill, decode), cache = compiled_phases(config, rows, capacity=512)
+    dots = lambda text: [line for line in text.splitlines() if re.search(r"\bdot\(|gemm", line)]
+    with_vocabulary = lambda text: [
+        line for line in dots(text) if re.search(r"[\[,]300[,\]]", line)
+    ]
+    assert dots(prefill) and not with_vocabulary(prefill)
+    assert with_vocabulary(decode)
+    assert " scatter(" not in decode
+    copied = {
+        tuple(map(int, shape.split(",")))
+        for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", decode)
+    }
+    assert not copied & {block.keys.shape for block in cache.blocks}
+    assert "input_output_alias" in decode  # the cache is updated where it lies
+
+
+def test_the_randomness_of_a_sample():
+    def draw(prompts, seed):
+        completions = generate(model(RINGS), prompts, max_new_tokens=20, seed=seed)
+        return [tuple(completion.tokens) for completion in completions]
+
+    prompts = ["abc", "abc", "abcd", "x", "x"]
+    first = draw(prompts, 3)
+    assert first == draw(prompts, 3)  # the same seed, the same samples
+    others = draw(["x", "abcd", "y", "abc", "abc"], 3)
+    assert [others[n] for n in (3, 4, 1, 0)] == first[:4]  # other prompts, and their order
+    assert len(set(first)) == 5  # repeated prompts differ
+    assert not set(first) & set(draw(prompts, 4))
+
+
+def test_every_step_draws_anew_and_only_ids_of_the_tokenizer():
+    blank = Model(RINGS, jax.tree.map(jnp.zeros_like, model(RINGS).params), TOKENIZER)
+    seed = int(np.random.default_rng().integers(2**32))
+    for completion in generate(blank, ["a"] * 5, max_new_tokens=40, seed=seed):
+        # Of 40 equal draws out of 257 about 3 are repeats.
+        assert len(set(completion.tokens)) >= 0.7 * len(completion.tokens)
+        assert max(completion.tokens) < TOKENIZER.vocab_size
+        # All 300 logits are 0, to the rounding of float32.
+        np.testing.assert_allclose(completion.logprobs, -np.log(300), rtol=1e-6)
+
+
+def test_completions_end():
+    m = reciter("abcdefghij")
+
+    def complete(prompt, **options):
+        [completion] = generate(m, [prompt], temperature=0, **{"max_new_tokens": 9} | options)
+        return completion.text, TOKENIZER.decode(completion.tokens), completion.finish_reason
+
+    assert complete("a", max_new_tokens=4) == ("bcde", "bcde", "length")
+    assert complete("f") == ("ghij", "ghij", "stop")
+    assert complete("a", stop="ef") == ("bcd", "bcdef", "stop")
+    assert complete("a", stop=["x", "ef", "de"]) == ("bc", "bcde", "stop")
+    assert complete("a", stop=[ord("d")]) == ("bc", "bcd", "stop")
+    assert complete("a", stop="cde", max_new_tokens=3) == ("bcd", "bcd", "length")
+    assert complete("a", stop="bcd", max_new_tokens=3) == ("", "bcd", "stop")
+    [completion] = generate(m, ["i"], max_new_tokens=9, temperature=0)
+    assert completion.tokens == [ord("j"), END]
+    # What follows is certain but for the other logits, e ** -10 of it.
+    np.testing.assert_allclose(completion.logprobs, 0, atol=1e-3)
+
+
+def test_rows_end_on_their_own():
+    prompts = ["h", "a", "e", "j", "g"]
+    completions = generate(reciter("abcdefghij"), prompts, max_new_tokens=8, temperature=0)
+    assert [c.text for c in completions] == ["ij", "bcdefghi", "fghij", "", "hij"]
+    assert [c.finish_reason for c in completions] == ["stop", "length", "stop", "stop", "stop"]
+
+
+@pytest.mark.parametrize("every", [1, 3, 32])
+def test_a_stream_is_the_text_in_whole_characters(every):
+    m, options = reciter("aé€𝄞xyz"), {"max_new_tokens": 20, "temperature": 0, "stop": "yzq"}
+    prompts = ["a", "x", "a", "a", "a"]
+    pieces = list(stream(m, prompts, **options, every=every))
+    texts = [[p.text for p in pieces if p.index == index] for index in range(2)]
+    assert texts == [["é", "€", "𝄞", "x", "yz"], ["yz"]]  # "yz" may begin the stop text
+    completions = {p.index: p.completion for p in pieces if p.completion}
+    assert completions == dict(enumerate(generate(m, prompts, **options)))
+
+
+@settings(max_examples=200)
+@given(
+    st.text("abé€", max_size=30),
+    st.lists(st.text("abé€", min_size=1, max_size=4), max_size=3),
+    st.binary(max_size=2),
+)
+@example("aab", ["ab"], b"")
+def test_pieces_join_to_what_comes_before_the_first_stop(text, stops, tail):
+    data = text.encode() + tail
+    if not data:
+        return
+    writer = Writer(TOKENIZER, stops, {END}, len(data))
+    pieces, pushed = [], 0
+    for token in data:
+        pieces.append(writer.push(token, -1.0))
+        pushed += 1
+        if writer.completion:
+            break
+    whole = data[:pushed].decode(errors="replace")
+    ends = [whole.find(stop) for stop in stops if stop in whole]
+    assert writer.completion.finish_reason == ("stop" if ends else "length")
+    assert writer.completion.text == "".join(pieces) == whole[: min(ends, default=None)]
+    assert writer.completion.tokens == list(data[:pushed])
+    assert not any(stop in data[: pushed - 1].decode(errors="replace") for stop in stops)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([], {}, "at least one prompt"),
+        ([""], {}, "prompt 0 is empty"),
+        (["a", []], {}, "prompt 1 is empty"),
+        ([[1, 300]], {}, "prompt 0: token id 300 at 1 is outside"),
+        ([[-1]], {}, "token id -1"),
+        (["a" * 250], {"max_new_tokens": 6}, "251 tokens.*max_new_tokens=6.*max_length=256"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        (["a"], {"temperature": -1}, "temperature=-1"),
+        (["a"], {"top_k": 0}, "top_k=0"),
+        (["a"], {"top_p": 1.5}, "top_p=1.5"),
+        (["a"], {"min_p": 2}, "min_p=2"),
+        (["a"], {"seed": -1}, "seed=-1"),
+        (["a"], {"stop": ""}, "empty text"),
+        (["a"], {"stop": b"x"}, "it is a text, a token id, or a list of them"),
+        (["a"], {"stop": [300]}, "stop: token id 300"),
+        (["a"], {"numerics": "loose"}, "numerics='loose'"),
+        (["a"], {"attention": "magic"}, "magic"),
+        (["a"], {"every": 0}, "every=0"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_runs(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(model(RINGS), prompts, **{"max_new_tokens": 4} | options)
+
+
+@pytest.mark.parametrize("prompts", ["text", 3, [3, 4], [[0.5]], [[[1, 2]]], [[[1], [2, 3]]]])
+def test_wrong_types_are_refused(prompts):
+    with pytest.raises(TypeError, match="list"):
+        generate(model(RINGS), prompts, max_new_tokens=4)
+
+
+def test_the_longest_prompt_that_fits_is_taken():
+    [completion] = generate(model(RINGS), [[1] * 255], max_new_tokens=1)
+    assert len(completion.tokens) == 1
+
+
+def test_damaged_parameters_are_named():
+    params = model(RINGS).params
+    params = params.replace(embedding=params.embedding.at[65].set(jnp.nan))
+    with pytest.raises(FloatingPointError, match="parameters are damaged"):
+        generate(Model(RINGS, params, TOKENIZER), ["A"], max_new_tokens=4)

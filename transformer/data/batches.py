@@ -1,0 +1,188 @@
+"""A corpus as batches: packing into rows, shuffling, sharding by process, resuming.
+
+A tokenized corpus is one stream in which the special token begins every document and the target
+of each token is the one after it, so the target of a document's last token is the special token
+again. Rows are windows of that stream. Grain shuffles, shards and batches them; because any row of
+any epoch can be computed alone, an iterator's state is one integer.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from transformer.data.corpus import Document
+from transformer.data.tokenizer import Tokenizer
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents, a pytree of arrays [B, T].
+
+    Attributes:
+        tokens: int32, the inputs.
+        targets: int32, the token after each input in its document; the special token at the end.
+        positions: int32, position of the input in the piece of its document that lies in this row.
+            A row's pieces are contiguous and each counts from 0, so `cell - position` is the first
+            cell of the piece.
+        weights: float32, 1 where the target counts and 0 where the cell is padding.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    weights: np.ndarray
+
+
+class TokenizedCorpus(NamedTuple):
+    """Documents as one stream of tokens.
+
+    Attributes:
+        tokens: int32 [N + 1], each document as the special token and its text, and after the last
+            document the special token once more.
+        starts: int64 [documents + 1], where each document begins, and N.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+
+def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Encodes documents into one stream.
+
+    Raises:
+        ValueError: there is no document.
+    """
+    if not documents:
+        raise ValueError("there are no documents to tokenize; give at least one")
+    texts = tokenizer.encode_batch([document.text for document in documents])
+    end = np.array([tokenizer.end_of_document], np.int32)
+    starts = np.cumsum([0] + [1 + len(text) for text in texts])
+    tokens = np.concatenate([part for text in texts for part in (end, text)] + [end])
+    return TokenizedCorpus(tokens, starts)
+
+
+class PackedRows(grain.MapDataset[Batch]):
+    """The rows [T] of a corpus; in each epoch every target counts in exactly one row.
+
+    The documents are joined, and the stream is cut into rows of `length`. With a seed every epoch
+    joins them in a new order and begins to cut at a new place, going round at the end, so a
+    document is cut elsewhere each time. Without one, every epoch is in order from the beginning.
+    The last row is filled up with padding, each cell of which is a piece of its own.
+    """
+
+    def __init__(self, corpus: TokenizedCorpus, length: int, seed: int | None = None):
+        super().__init__()
+        self._corpus = corpus
+        self._length = length
+        self._seed = seed
+        # A batch may lie in two epochs.
+        self._layout = functools.lru_cache(maxsize=2)(self._compute_layout)
+
+    def __len__(self) -> int:
+        return -(-int(self._corpus.starts[-1]) // self._length)
+
+    def _compute_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The order of documents, where each begins when so joined, and the first row's cell."""
+        lengths = np.diff(self._corpus.starts)
+        if self._seed is None:
+            return np.arange(len(lengths)), self._corpus.starts, 0
+        random = np.random.default_rng((self._seed, epoch))
+        order = random.permutation(len(lengths))
+        starts = np.concatenate([[0], np.cumsum(lengths[order])])
+        return order, starts, int(random.integers(starts[-1]))
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        tokens, document_starts = self._corpus
+        epoch, row = divmod(index, len(self))
+        order, starts, offset = self._layout(epoch)
+        cells = np.arange(self._length)
+        joined = (offset + row * self._length + cells) % starts[-1]
+        piece = np.searchsorted(starts, joined, side="right") - 1
+        in_document = joined - starts[piece]
+        source = document_starts[order[piece]] + in_document
+        real = row * self._length + cells < starts[-1]
+        return Batch(
+            tokens=np.where(real, tokens[source], tokens[-1]),
+            targets=np.where(real, tokens[source + 1], tokens[-1]),
+            # A document that began in an earlier row counts from the beginning of this one.
+            positions=np.where(real, np.minimum(in_document, cells), 0).astype(np.int32),
+            weights=real.astype(np.float32),
+        )
+
+
+def train_batches(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    length: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.IterDataset[Batch]:
+    """Endless shuffled batches for training.
+
+    Batch n of shard s is rows `(n * shard_count + s) * batch_size` and on of one endless list of
+    rows, so shards are disjoint, together cover everything, and put side by side are the batch that
+    one process would see with `batch_size * shard_count`. The iterator has `get_state` and
+    `set_state`; its state is {"next_index": number of batches taken}, which is all it takes to
+    continue exactly, given the same documents and arguments.
+
+    Args:
+        documents: the training documents.
+        tokenizer: encodes them.
+        batch_size: B, rows in each batch of this shard.
+        length: T, tokens in each row.
+        seed: of the order, 0..2**32 - 1.
+        shard_index: which part of the data is this process's, 0..shard_count - 1.
+        shard_count: number of processes that share the data.
+
+    Raises:
+        ValueError: an argument is out of its range, or there is no document.
+    """
+    _require_positive(batch_size=batch_size, length=length, shard_count=shard_count)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must lie in 0..{2**32 - 1}")
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(
+            f"shard_index is {shard_index}; with shard_count {shard_count} it must lie in "
+            f"0..{shard_count - 1}"
+        )
+    rows = PackedRows(tokenize(documents, tokenizer), length, seed)
+    # Endless in practice. Without a count, Grain's length of batches of one row overflows.
+    epochs = sys.maxsize // (2 * len(rows))
+    batches = rows.shuffle(seed=seed).repeat(epochs).batch(batch_size)[shard_index::shard_count]
+    # Rows are made in microseconds: one thread, a few batches ahead, hides that.
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def validation_batches(
+    documents: Sequence[Document], tokenizer: Tokenizer, batch_size: int, length: int
+) -> list[Batch]:
+    """All targets of the documents, each exactly once, in order; the last batch is padded.
+
+    Every batch is [B, T]. With `nll` in nats, bits per byte of the text are
+
+        sum(weights * nll) / log(2) / sum(weights * tokenizer.byte_lengths[targets])
+
+    The end of a document is a target like any other and costs nats, but stands for 0 bytes: a
+    model must also tell where a text ends.
+
+    Raises:
+        ValueError: an argument is out of its range, or there is no document.
+    """
+    _require_positive(batch_size=batch_size, length=length)
+    rows = PackedRows(tokenize(documents, tokenizer), length)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    batches = rows.batch(batch_size, batch_fn=pad)
+    return [batches[index] for index in range(len(batches))]
+
+
+def _require_positive(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")

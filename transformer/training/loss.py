@@ -1,0 +1,93 @@
+"""The loss: cross entropy over the logits of the parallel mode."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from transformer.data.batches import Batch
+from transformer.memory.cache import Cache
+from transformer.modes.schedule import parallel
+from transformer.program.program import init_cache
+
+
+@jax.custom_vjp
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy and log-sum-exp of logits.
+
+    Args:
+      logits: [..., V] float32 (or wider).
+      targets: [...] int32 in 0..V-1.
+
+    Returns:
+      nll [...] in nats, the log-sum-exp minus the target's logit; and the log-sum-exp [...].
+    """
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return lse - target, lse
+
+
+def _cross_entropy_fwd(logits, targets):
+    nll, lse = cross_entropy(logits, targets)
+    return (nll, lse), (logits, targets, lse)
+
+
+# Left to JAX, the gradient would be a sum of two arrays [..., V], one of them a scatter into zeros.
+def _cross_entropy_bwd(residuals, cotangents):
+    logits, targets, lse = residuals
+    dnll, dlse = (x[..., None] for x in cotangents)
+    softmax = jnp.exp(logits - lse[..., None])
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    return softmax * (dnll + dlse) - jnp.where(is_target, dnll, 0), None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def compute_logits(f, params, cache, batch):
+    """Logits [B, T, V]: each row in the parallel mode, from the same empty cache."""
+    length = batch.tokens.shape[1]
+    cells = jnp.arange(length, dtype=jnp.int32)
+    if batch.positions is None:
+        row = lambda tokens: parallel(f, params, cache, tokens, cells)[1]
+        return jax.vmap(row)(batch.tokens)
+    row = lambda tokens, positions: parallel(f, params, cache, tokens, positions, cells)[1]
+    return jax.vmap(row)(batch.tokens, batch.positions)
+
+
+def loss(
+    f: Callable,
+    params,
+    cache: Cache,
+    batch: Batch,
+    z_loss: float = 0.0,
+    total_weight: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The objective of training, a mean over targets in proportion to their weights.
+
+    Args:
+      f, params: the program and its parameters.
+      cache: an empty cache for one sequence, with room for T positions.
+      batch: arrays [B, T]. positions None: every row is one document, without packing.
+      z_loss: factor of the squared log-sum-exp that keeps logits near 0 (PaLM, arXiv:2204.02311,
+        section 5).
+      total_weight: what the sums are divided by; None: the sum of the batch's weights. A part of a
+        larger batch takes that of the whole.
+
+    Returns:
+      (mean of nll + z_loss * lse^2, mean of nll), in nats.
+    """
+    if total_weight is None:
+        total_weight = jnp.sum(batch.weights)
+    nll, lse = cross_entropy(compute_logits(f, params, cache, batch), batch.targets)
+    mean = lambda x: jnp.sum(x * batch.weights) / total_weight
+    nll_mean = mean(nll)
+    return nll_mean + z_loss * mean(jnp.square(lse)) if z_loss else nll_mean, nll_mean
+
+
+def row_cache(config, batch):
+    """An empty cache for one row of a batch."""
+    length = batch.tokens.shape[1]
+    if length > config.max_length:
+        raise ValueError(f"rows of {length} tokens exceed the model's {config.max_length=}.")
+    return init_cache(config, length)
