@@ -10,9 +10,10 @@ from jax.scipy.special import logsumexp
 import transformer
 from transformer import Config, Model, init_cache, init_params, load, run, save, score
 from transformer.data.tokenizer import byte_tokenizer
+from transformer.inference.score import _scorer
 from transformer.program import program
 from transformer.storage.checkpoint import CheckpointError, Checkpoints
-from transformer.storage.model import _scorer, require_same_architecture, write_description
+from transformer.storage.model import require_same_architecture, write_description
 
 RANDOM = np.random.default_rng()
 CONFIG = Config(
