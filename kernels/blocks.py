@@ -54,7 +54,7 @@ class Blocks:
         return jax.tree.map(one, self.arrays, block)
 
     def index(self, row, *within):
-        """Where a slice of the arrays begins: sequence `row`, the layer, then the block's own axes."""
+        """Where a slice of the arrays begins: sequence `row`, layer, then the block's own axes."""
         return [
             *([row] if self.batched else []),
             *([] if self.layer is None else [self.layer]),

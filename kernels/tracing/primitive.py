@@ -5,6 +5,7 @@ change what `vmap` means. A primitive can do both: it stands in the jaxpr under 
 batching rule is ours, and differentiation goes through the function that defines it.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -14,19 +15,26 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 
-def define(name: str, fun: Callable, batch: Callable) -> core.Primitive:
+def define(
+    name: str, fun: Callable, batch: Callable, jvp: Callable | None = None
+) -> core.Primitive:
     """Makes a primitive with several results out of a function of arrays.
 
     Args:
       name: the primitive's name, as it appears in jaxprs.
-      fun: `fun(*arrays, **params) -> list of arrays`: its meaning. It is lowered, and
-        differentiated, by tracing it.
-      batch: `batch(axis_size, operands, dims, **params) -> (results, result_dims)`, where `dims`
-        holds the mapped axis of each operand, or None where it is not mapped.
+      fun: `fun(*arrays, **params) -> list of arrays` is the primitive's meaning. It is lowered by
+        tracing it.
+      batch: `batch(axis, operands, dims, **params) -> (results, result_dims)`. `axis` has the
+        `name` and the `size` of the mapped axis; `dims` holds the mapped axis of each operand, or
+        None where an operand is not mapped. It is called for every axis, also where no operand is
+        mapped.
+      jvp: `jvp(fun, primals, moving, tangents, **params) -> (results, tangents)`, where `moving`
+        are the numbers of the operands that have a tangent. None: JAX differentiates `fun`.
 
     Returns:
       The primitive; call it with `primitive.bind(*arrays, **params)`.
     """
+    jvp = jvp or jvp_of_moving
     primitive = core.Primitive(name)
     primitive.multiple_results = True
 
@@ -34,33 +42,44 @@ def define(name: str, fun: Callable, batch: Callable) -> core.Primitive:
     def _(*operands, **params):
         return jax.jit(partial(fun, **params))(*operands)
 
+    # Tracing the function is most of what binding costs, and layers are alike.
+    @functools.lru_cache(maxsize=256)
+    def out_avals(avals, params, _):
+        return jax.make_jaxpr(partial(fun, **dict(params)))(*avals).out_avals
+
     @primitive.def_abstract_eval
     def _(*avals, **params):
-        return jax.make_jaxpr(partial(fun, **params))(*avals).out_avals
+        return out_avals(avals, tuple(params.items()), jax.config.jax_enable_x64)
 
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=True))
     # What is split over devices (kernels/tracing/partition.py) must know them when it is lowered;
     # JAX looks for that in the jaxpr, where the function is not seen.
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
-    def batching_rule(operands, dims, **params):
-        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-        return batch(size, operands, dims, **params)
+    batching.fancy_primitive_batchers[primitive] = batch
 
-    batching.primitive_batchers[primitive] = batching_rule
-
-    def jvp(primals, tangents, **params):
+    def jvp_rule(primals, tangents, **params):
         # Only operands with a tangent take part: integers and constants have none, and a zero
         # made real would be carried through the whole backward pass.
         moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+        results, out_tangents = jvp(fun, primals, moving, [tangents[n] for n in moving], **params)
+        zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
+        is_zero = lambda t: getattr(t, "dtype", None) == jax.dtypes.float0
+        return results, [
+            zero(x) if is_zero(t) else t for x, t in zip(results, out_tangents, strict=True)
+        ]
 
-        def of_moving(*arrays):
-            operands = list(primals)
-            for n, array in zip(moving, arrays, strict=True):
-                operands[n] = array
-            return fun(*operands, **params)
-
-        return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
-
-    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_jvps[primitive] = jvp_rule
     return primitive
+
+
+def jvp_of_moving(fun: Callable, primals, moving, tangents, **params):
+    """Differentiates `fun` in the operands `moving`, given their tangents: (results, tangents)."""
+
+    def of_moving(*arrays):
+        operands = list(primals)
+        for n, array in zip(moving, arrays, strict=True):
+            operands[n] = array
+        return fun(*operands, **params)
+
+    return jax.jvp(of_moving, [primals[n] for n in moving], tangents)
