@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.backends.choice import run
+from kernels.operands import Shared, Where
 from kernels.options import Options
 
 
@@ -88,18 +89,11 @@ def attention(
             positions = cells if kv_positions is None else kv_positions
             kv_positions = jnp.where(cells < length, positions, -1)
 
+    where, shared = Where(q_positions, kv_positions, q_starts), Shared(sinks, alibi)
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
     def attend(module):
-        z, lse = module.attend(
-            q,
-            k.swapaxes(1, 2),
-            v.swapaxes(1, 2),
-            q_positions,
-            kv_positions,
-            q_starts,
-            sinks,
-            alibi,
-            options=options,
-        )
+        z, lse = module.attend(q, keys, values, where, shared, options=options)
         if return_lse and lse is None:
             raise NotImplementedError("it does not give the log-sum-exp.")
         return (z, lse) if return_lse else z

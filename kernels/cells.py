@@ -1,9 +1,9 @@
 """Where new cells go in a block [B, K, S, H]: slice updates, never a scatter.
 
-Cell numbers are consecutive within a chunk; -1 marks padding. A cell number outside of the block
-writes nothing. Numbers [1, T] are shared by all sequences, [B, T] give each sequence its own.
+A cell outside of the block is not written, and -1 stands for none. Numbers of cells and positions
+[1, T] are shared by all sequences, [B, T] give each sequence its own.
 
-A block of exactly `window` cells is a ring: position p lives in cell p % window.
+A block of exactly `window` cells is a ring: position p lies in cell p % window.
 """
 
 from functools import partial
@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from kernels.blocks import Blocks
 from kernels.options import Options
 
 
@@ -24,11 +25,14 @@ def ring_positions(last, size: int):
 
     Negative where the cell is still empty. Returns [B or 1, S].
     """
-    return last - (last - jnp.arange(size)) % size
+    return last - (last - jnp.arange(size, dtype=last.dtype)) % size
 
 
 def write(block, cells, new):
-    """Writes new cells [B, K, T, H] into a block [B, K, S, H] at consecutive cells [B or 1, T]."""
+    """Writes new cells [B, K, T, H] into a block [B, K, S, H] at consecutive cells [B or 1, T].
+
+    Padding, cell -1, comes last in a row.
+    """
     size, count = block.shape[2], new.shape[2]
     if count > size:
         raise ValueError(
@@ -42,7 +46,7 @@ def write(block, cells, new):
             shift = cells[0] - start
             cells, new = jnp.roll(cells, shift), jnp.roll(new, shift, new.ndim - 2)
         old = jax.lax.dynamic_slice_in_dim(block, start, count, new.ndim - 2)
-        mine = cells == start + jnp.arange(count)
+        mine = cells == start + jnp.arange(count, dtype=cells.dtype)
         new = jnp.where(mine[:, None], new, old)
         return jax.lax.dynamic_update_slice_in_dim(block, new, start, new.ndim - 2)
 
@@ -58,50 +62,26 @@ def write(block, cells, new):
     return jax.lax.fori_loop(0, block.shape[0], each, block)
 
 
-def write_one(blocks, layer, slots, new):
-    """Writes one cell of each sequence, in place.
+def write_last(block, i, new, *, ring: bool):
+    """The block after a chunk in which positions may begin again at 0.
+
+    Each cell takes the newest token of the last document that falls on it.
 
     Args:
-      blocks: [K, S, H] with, in front, an axis of B sequences unless there is one without an axis,
-        and an axis of L layers if `layer` is given.
-      layer: scalar int32 or None.
-      slots: [B or 1] int32.
-      new: [B, K, H].
+      block: [B, K, S, H].
+      i: [B or 1, T] int32, positions; padding is -1 and comes last in a row.
+      new: [B, K, T, H].
+      ring: whether the block is one.
     """
-    new = new.astype(blocks.dtype)
-    batched = is_batched(blocks, layer)
-
-    def row(b, blocks):
-        slot = slots[b if slots.shape[0] > 1 else 0]
-        at = corner(b if batched else None, layer, jnp.maximum(slot, 0))
-        cell = jax.lax.dynamic_index_in_dim(new, b, keepdims=False)[:, None]
-        cell = cell.reshape((1,) * (blocks.ndim - 3) + cell.shape)
-        old = jax.lax.dynamic_slice(blocks, at, cell.shape)
-        inside = (slot >= 0) & (slot < blocks.shape[-2])
-        return jax.lax.dynamic_update_slice(blocks, jnp.where(inside, cell, old), at)
-
-    return jax.lax.fori_loop(0, blocks.shape[0], row, blocks) if batched else row(0, blocks)
-
-
-def is_batched(blocks, layer) -> bool:
-    """Whether blocks, stacked over layers if `layer` is given, have an axis of sequences."""
-    return blocks.ndim > (3 if layer is None else 4)
-
-
-def corner(row, layer, cell):
-    """The index of a cell in blocks, for slices; row or layer is None where there is no axis."""
-    index = [n for n in (row, layer) if n is not None] + [0, cell, 0]
-    return [jnp.asarray(n, jnp.int32) for n in index]
-
-
-def write_ring(ring, cells, new):
-    """The ring after a chunk: each cell holds the newest position that falls on it."""
-    size = ring.shape[2]
-    last = cells.max(1, keepdims=True)
-    source = ring_positions(last, size) - cells[:, :1]
-    fresh = (source >= 0) & (last >= 0)
+    size = block.shape[2]
+    end = (i >= 0).sum(1, keepdims=True, dtype=i.dtype) - 1  # the last token that is not padding
+    last = jnp.take_along_axis(i, jnp.maximum(end, 0), axis=1)
+    cells = jnp.arange(size, dtype=i.dtype)[None]
+    held = ring_positions(last, size) if ring else cells
+    source = held - (last - end)
+    fresh = (held >= 0) & (held <= last) & (source >= 0)
     taken = take(new, jnp.clip(source, 0, new.shape[2] - 1))
-    return jnp.where(fresh[:, None, :, None], taken, ring)
+    return jnp.where(fresh[:, None, :, None], taken, block)
 
 
 def take(block, index):
@@ -109,3 +89,34 @@ def take(block, index):
     if index.shape[0] == 1:
         return jnp.take(block, index[0], axis=2)
     return jax.vmap(partial(jnp.take, axis=1))(block, index)
+
+
+def write_one(blocks: Blocks, cells, cell):
+    """Writes one cell of each sequence, in place.
+
+    Args:
+      blocks: arrays of blocks [K, S, H].
+      cells: [B or 1] int32, the cell of each sequence.
+      cell: the new cell, a pytree of arrays [B, 1, K, H].
+
+    Returns:
+      The arrays of the blocks.
+    """
+
+    def row(b, arrays):
+        slot = cells[b if cells.shape[0] > 1 else 0]
+        at = blocks.index(b, 0, jnp.maximum(slot, 0), 0)
+
+        def one(x, new):
+            new = jax.lax.dynamic_index_in_dim(new, b, keepdims=False).swapaxes(0, 1)  # [K, 1, H]
+            new = new.reshape((1,) * (x.ndim - 3) + new.shape).astype(x.dtype)
+            old = jax.lax.dynamic_slice(x, at, new.shape)
+            inside = (slot >= 0) & (slot < x.shape[-2])
+            return jax.lax.dynamic_update_slice(x, jnp.where(inside, new, old), at)
+
+        return jax.tree.map(one, arrays, cell)
+
+    if not blocks.batched:
+        return row(0, blocks.arrays)
+    count = jax.tree.leaves(blocks.arrays)[0].shape[0]
+    return jax.lax.fori_loop(0, count, row, blocks.arrays)

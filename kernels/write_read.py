@@ -1,128 +1,156 @@
-"""The instruction: write the cells of a chunk, then read the cells up to each of them.
+"""The instruction on keys and values: write the cells of a chunk, then read up to each of them.
 
-A block is [K, S, H]. In front of that stand B, where there are several sequences, and then L, where
-several layers share one array. A block of `window` cells is a ring, position p in cell p % window.
+A block is a pair of keys [K, S, H] and values [K, S, Hv]. A block of `window` cells is a ring,
+position p in cell p % window.
 
-One token (T = 1) changes one cell in place and reads tiles of the block where it lies: no scatter,
-no copy of a block. More tokens at once are one slice update and one attention.
+`chunk` runs any number of tokens: one slice update and one attention, with gradients. `decode` runs
+one token: it changes one cell in place and reads tiles of the block where it lies, so there is no
+scatter and no copy of a block.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from kernels.backends.choice import run
-from kernels.cells import is_batched, is_ring, take, write, write_ring
+from kernels.blocks import Blocks
+from kernels.cells import is_ring, take, write, write_last
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
 
+__all__ = ["Shared", "chunk", "decode", "read"]
 
-def write_read(
-    keys, values, layer, cells, starts, k, v, q, sinks, alibi, *, options: Options, backend: str
-):
-    """Writes T new cells of each sequence into one layer's block, then reads for each of them.
+
+def chunk(block, i, cell, q, shared: Shared, *, options: Options, packed: bool, backend: str):
+    """Writes T new cells of each sequence into its block, then reads for each of them.
 
     Args:
-      keys, values: [K, S, H], [B, K, S, H], or [L, K, S, H], [B, L, K, S, H] with a layer. Without
-        the axis, B is 1.
-      layer: scalar int32, which of the L layers; None where there is no such axis.
-      cells: [B or 1, T] int32: consecutive cell numbers; padding is -1 and comes last in a row. A
-        padding token writes nothing, reads nothing.
-      starts: [B or 1, T] int32, the first cell each token may read; None: 0.
-      k, v: [B, T, K, H], written in the block's dtype.
+      block: (keys [B, K, S, H], values [B, K, S, Hv]).
+      i: [B or 1, T] int32: consecutive positions; padding is -1 and comes last in a row. A padding
+        token writes nothing and reads nothing.
+      cell: (k [B, T, K, H], v [B, T, K, Hv]), written in the block's dtypes.
       q: [B, T, N, H].
-      sinks, alibi: [N] or None, as in `kernels.attention`.
+      shared: sinks and ALiBi's slopes.
       options, backend: static.
-
-    `triton` has no batching rule for one token: sequences are the leading axis.
+      packed: static: positions may begin again at 0, where another document begins. A token sees
+        its own document only, and the block that is returned holds the last one, in cells
+        0..i[-1]; what its other cells hold is undefined. i[0] + T must not exceed S, except in a
+        ring: what is read is not a number otherwise.
 
     Returns:
-      keys, values with the new cells, and z [B, T, N, H].
+      (block, z): the block with the new cells, and z [B, T, N, Hv] in q's dtype. Both have
+      gradients for block, cell, q and sinks, in the modes of differentiation that the backend has.
+
+    Raises:
+      ValueError: there are more tokens than cells.
+      NotImplementedError: the backend cannot do it, for the reason given.
     """
-    operands = (keys, values, layer, cells, starts, k, v, q, sinks, alibi)
-    return _write_read(options, backend, *vary_like(operands, operands))
+    operands = block, i, cell, q, shared
+    block, i, cell, q, shared = vary_like(operands, operands)
+    new = jax.tree.map(lambda x, old: x.swapaxes(1, 2).astype(old.dtype), cell, block)
+    size = block[0].shape[2]
+
+    def attend(block, positions, starts=None):
+        where = Where(positions, q_starts=starts)
+        attend = lambda module: module.attend(q, *block, where, shared, options=options)[0]
+        return run(backend, attend)
+
+    # What is written and what is read are apart: where nobody uses one, XLA drops it.
+    if is_ring(options, size):
+        return _write_last(block, i, new, ring=True), attend(*_unrolled(block, i, new))
+    if packed:
+        written, cells, starts = _in_a_row(block, i, new)
+        z = attend(written, cells, starts)
+        fits = cells.max(1) < size
+        z = jnp.where(fits[:, None, None, None], z, jnp.nan)
+        return _write_last(block, i, new, ring=False), z
+    block = jax.tree.map(lambda x, new: write(x, i, new), block, new)
+    return block, attend(block, i)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _write_read(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi):
-    def in_chunk():
-        chunk = partial(_chunk, options, backend, cells, starts, alibi)
-        keys_out, values_out, z = chunk(_layer(keys, layer), _layer(values, layer), k, v, q, sinks)
-        return _replace(keys, layer, keys_out), _replace(values, layer, values_out), z
+def _write_last(block, i, new, *, ring):
+    return jax.tree.map(lambda x, new: write_last(x, i, new, ring=ring), block, new)
+
+
+def _consecutive(first, i):
+    """Cells from `first` on, one for each token at positions i; -1 for padding."""
+    return jnp.where(i < 0, -1, first + jnp.arange(i.shape[1], dtype=i.dtype))
+
+
+def _in_a_row(block, i, new):
+    """The tokens in consecutive cells: the block, the cells, and where each document begins."""
+    cells = _consecutive(i[:, :1], i)
+    return jax.tree.map(lambda x, new: write(x, cells, new), block, new), cells, cells - i
+
+
+def _unrolled(ring, i, new):
+    """A ring in the order of positions, then the chunk; as in `_in_a_row`, from its first cell on.
+
+    A chunk may overwrite cells that its own first tokens still see, so the read is from the ring as
+    it was. Its cells before position 0 are empty: no document begins there.
+    """
+    together = lambda x, new: jnp.concatenate([_in_order(x, i[:, :1]), new], axis=2)
+    cells = _consecutive(ring[0].shape[2], i)
+    return jax.tree.map(together, ring, new), cells, cells - i
+
+
+def _in_order(ring, stop):
+    """The cells of a ring in the order of their positions, the last one before `stop`."""
+    size = ring.shape[2]
+    return take(ring, (stop + jnp.arange(size, dtype=stop.dtype)) % size)
+
+
+def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options, backend: str):
+    """Writes one new cell of each sequence in place, then reads; without a gradient.
+
+    Args:
+      blocks: where the blocks (keys, values) of the sequences lie.
+      i: [B or 1, 1] int32, the position of each token; -1 is padding, as in `chunk`.
+      cell: (k [B, 1, K, H], v [B, 1, K, Hv]), written in the blocks' dtypes.
+      q: [B, 1, N, H].
+      shared, options, backend: as in `chunk`.
+
+    Returns:
+      (arrays, z): the arrays of the blocks with the new cells, and z [B, 1, N, Hv].
+
+    Raises:
+      NotImplementedError: the backend has no such way, or not for this; `chunk` may have one.
+    """
+    operands = blocks, i, cell, q, shared
+    operands = vary_like(operands, operands)
 
     def one_token(module):
-        if hasattr(module, "decode"):
-            return module.decode(
-                keys, values, layer, cells, starts, k, v, q, sinks, alibi, options=options
-            )
-        if backend == "auto":
+        if not hasattr(module, "decode"):
             raise NotImplementedError("it has no way of its own to run one token.")
-        return in_chunk()
+        return module.decode(*operands, options=options)
 
-    return run(backend, one_token) if q.shape[1] == 1 else in_chunk()
-
-
-# The gradient is taken for one layer at a time. Left to JAX, the gradient of `_layer(keys, layer)`
-# would be an array of L blocks, zero but for one, for each of the L layers.
-def _write_read_fwd(options, backend, keys, values, layer, cells, starts, k, v, q, sinks, alibi):
-    chunk = partial(_chunk, options, backend, cells, starts, alibi)
-    (keys_out, values_out, z), vjp = jax.vjp(
-        chunk, _layer(keys, layer), _layer(values, layer), k, v, q, sinks
-    )
-    keys, values = _replace(keys, layer, keys_out), _replace(values, layer, values_out)
-    return (keys, values, z), (vjp, layer)
+    return run(backend, one_token)
 
 
-def _write_read_bwd(options, backend, residuals, cotangents):
-    vjp, layer = residuals
-    dkeys, dvalues, dz = cotangents
-    old = _layer(dkeys, layer), _layer(dvalues, layer)
-    new_dkeys, new_dvalues, dk, dv, dq, dsinks = vjp((*old, dz))
-    dkeys, dvalues = _replace(dkeys, layer, new_dkeys), _replace(dvalues, layer, new_dvalues)
-    return dkeys, dvalues, None, None, None, dk, dv, dq, dsinks, None
+def read(blocks: Blocks, i, q, shared: Shared, *, options: Options, backend: str):
+    """One token of each sequence reads a block in which its cell is written; without a gradient.
 
+    Args:
+      blocks, i, q, shared, options, backend: as in `decode`.
 
-_write_read.defvjp(_write_read_fwd, _write_read_bwd)
+    Returns:
+      z [B, 1, N, Hv].
 
+    Raises:
+      NotImplementedError: the backend cannot do it, for the reason given.
+    """
+    operands = blocks, i, q, shared
+    blocks, i, q, shared = vary_like(operands, operands)
 
-def _layer(blocks, layer):
-    """One layer's block, [B, K, S, H]."""
-    if not is_batched(blocks, layer):
-        blocks = blocks[None]
-    return blocks if layer is None else jax.lax.dynamic_index_in_dim(blocks, layer, 1, False)
+    def one_token(module):
+        if hasattr(module, "read"):
+            return module.read(blocks, i, q, shared, options=options)
+        block, size = blocks.take(), blocks.arrays[0].shape[-2]
+        where = Where(i)
+        if is_ring(options, size):
+            block = jax.tree.map(lambda x: _in_order(x, i + 1), block)
+            cell = _consecutive(size - 1, i)
+            where = Where(cell, q_starts=cell - i)
+        return module.attend(q, *block, where, shared, options=options)[0]
 
-
-def _replace(blocks, layer, block):
-    """Puts one layer's block [B, K, S, H] back."""
-    batched = is_batched(blocks, layer)
-    if not batched:
-        block = block[0]
-    if layer is None:
-        return block
-    return jax.lax.dynamic_update_index_in_dim(blocks, block, layer, int(batched))
-
-
-def _chunk(options, backend, cells, starts, alibi, keys, values, k, v, q, sinks):
-    """The instruction on one layer's block [B, K, S, H], for any number of tokens."""
-
-    def attend(keys, values, positions, starts):
-        operands = (q, keys, values, positions, None, starts, sinks, alibi)
-        return run(backend, lambda module: module.attend(*operands, options=options)[0])
-
-    k = k.swapaxes(1, 2).astype(keys.dtype)
-    v = v.swapaxes(1, 2).astype(values.dtype)
-    if not is_ring(options, keys.shape[2]):
-        keys, values = write(keys, cells, k), write(values, cells, v)
-        return keys, values, attend(keys, values, cells, starts)
-    # A chunk may overwrite cells that its own first tokens still see, so the read is from the ring
-    # as it was, unrolled into the order of positions, followed by the chunk. Positions count from
-    # the first unrolled cell on; those before position 0 are empty, so no token starts there.
-    window = options.window
-    base = cells[:, :1] - window
-    turns = (base + jnp.arange(window)) % window
-    unroll = lambda ring, new: jnp.concatenate([take(ring, turns), new], axis=2)
-    first = jnp.zeros_like(cells) if starts is None else jnp.maximum(starts, 0)
-    positions = jnp.where(cells < 0, -1, cells - base)
-    z = attend(unroll(keys, k), unroll(values, v), positions, first - base)
-    return write_ring(keys, cells, k), write_ring(values, cells, v), z
+    return run(backend, one_token)

@@ -1,8 +1,13 @@
 """What can run attention, and the choice among it.
 
-A backend is a module with `attend`, and with `decode` where it has a way of its own to run one
-token. It raises NotImplementedError, with the reason and before it computes anything, when it
-cannot do what it is asked to.
+A backend is a module with `attend(q, keys, values, where, shared, *, options) -> (z, lse)`, and,
+where it has a way of its own to run one token on blocks as they lie, with
+
+    decode(blocks, i, cell, q, shared, *, options) -> (arrays, z)
+    read(blocks, i, q, shared, *, options) -> z
+
+as in `kernels.write_read`. It raises NotImplementedError, with the reason and before it computes
+anything, when it cannot do what it is asked to.
 """
 
 import functools

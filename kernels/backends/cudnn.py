@@ -8,22 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.target import platform
 
 
-def attend(
-    q,
-    keys,
-    values,
-    q_positions,
-    kv_positions=None,
-    q_starts=None,
-    sinks=None,
-    alibi=None,
-    *,
-    options: Options,
-):
+def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     """`kernels.backends.xla.attend` without the log-sum-exp: None in its place.
 
     Raises:
@@ -35,19 +25,21 @@ def attend(
             f"it runs on CUDA GPUs, and this is a {platform()}": platform() != "gpu",
             "it takes float16 and bfloat16 only": jnp.dtype(q.dtype).itemsize != 2,
             "queries and keys must have one dtype": q.dtype != keys.dtype,
-            "it has no positions of keys": kv_positions is not None,
-            "it has no first positions (packed documents)": q_starts is not None,
-            "it has no sinks": sinks is not None,
-            "it has no ALiBi": alibi is not None,
+            "it has no positions of keys": where.kv_positions is not None,
+            "it has no first positions (packed documents)": where.q_starts is not None,
+            "it has no sinks": shared.sinks is not None,
+            "it has no ALiBi": shared.alibi is not None,
             "it has no soft cap": options.soft_cap is not None,
         }
     )
     if T == 1:
         _refuse({"it has no window for a single query": options.window is not None})
-        last = jnp.broadcast_to(q_positions[:, 0], q.shape[:1])
+        last = jnp.broadcast_to(where.q_positions[:, 0], q.shape[:1])
         choices = {"key_value_seq_lengths": jnp.clip(last + 1, 1, S).astype(jnp.int32)}
     else:
-        known = isinstance(q_positions, np.ndarray) and (q_positions == np.arange(T)).all()
+        known = (
+            isinstance(where.q_positions, np.ndarray) and (where.q_positions == np.arange(T)).all()
+        )
         _refuse(
             {
                 "it needs positions 0..T-1 known while tracing: leave q_positions out": not known,

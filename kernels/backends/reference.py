@@ -6,21 +6,11 @@ Every other backend is tested against this one, in float64.
 import jax
 import jax.numpy as jnp
 
+from kernels.operands import Shared, Where
 from kernels.options import Options
 
 
-def attend(
-    q,
-    keys,
-    values,
-    q_positions,
-    kv_positions=None,
-    q_starts=None,
-    sinks=None,
-    alibi=None,
-    *,
-    options: Options,
-):
+def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     """`xla.attend` in its plainest form; holds all scores [B, N, T, S] in memory."""
     B, T, N = q.shape[:3]
     K, S = keys.shape[1:3]
@@ -30,17 +20,18 @@ def attend(
     scores *= options.scale
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-    positions = jnp.arange(S)[None] if kv_positions is None else kv_positions
-    distance = q_positions[:, :, None] - positions[:, None, :]
-    starts = jnp.zeros_like(q_positions) if q_starts is None else jnp.maximum(q_starts, 0)
+    i, positions = where.q_positions, where.kv_positions
+    positions = jnp.arange(S, dtype=i.dtype)[None] if positions is None else positions
+    distance = i[:, :, None] - positions[:, None, :]
+    starts = jnp.zeros_like(i) if where.q_starts is None else jnp.maximum(where.q_starts, 0)
     visible = (distance >= 0) & (positions[:, None, :] >= starts[:, :, None])
     if options.window is not None:
         visible &= distance < options.window
-    if alibi is not None:
-        scores -= alibi[:, None, None].astype(dtype) * distance[:, None]
+    if shared.alibi is not None:
+        scores -= shared.alibi[:, None, None].astype(dtype) * distance[:, None]
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
-    if sinks is not None:
-        sink = jnp.broadcast_to(sinks.astype(dtype)[:, None, None], (B, N, T, 1))
+    if shared.sinks is not None:
+        sink = jnp.broadcast_to(shared.sinks.astype(dtype)[:, None, None], (B, N, T, 1))
         scores = jnp.concatenate([scores, sink], axis=-1)
     # Where nothing is read, -inf takes part in no sum: its gradient would be nan.
     nothing = jnp.isneginf(scores).all(-1, keepdims=True)

@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import foldable, varying
 from kernels.tracing.target import platform
@@ -46,11 +47,8 @@ def attend(
     q,
     keys,
     values,
-    q_positions,
-    kv_positions=None,
-    q_starts=None,
-    sinks=None,
-    alibi=None,
+    where: Where,
+    shared: Shared,
     *,
     options: Options,
     interpret: bool = False,
@@ -65,12 +63,13 @@ def attend(
         float64, a `shard_map` that checks what varies, or this is no TPU.
     """
     B, T, N, _ = q.shape
-    _check(q, keys, kv_positions, q_starts, alibi, interpret)
-    operands = (q, keys, values, q_positions, q_starts, sinks)
+    _check(q, keys, where, shared, interpret)
+    rows = where.q_positions, where.q_starts, shared.sinks
+    operands = (q, keys, values, *rows)
     if jax.device_count() == 1:
         return _run(options, interpret, *operands)[0], None
     spread = lambda x, *shape: None if x is None else jnp.broadcast_to(x, shape)
-    rows = spread(q_positions, B, T), spread(q_starts, B, T), spread(sinks, B, N)
+    rows = map(spread, rows, (B, B, B), (T, T, N))
     return _run_on_devices(options, interpret, q, keys, values, *rows)[0], None
 
 
@@ -140,7 +139,7 @@ def _run(options, interpret, q, keys, values, q_positions, q_starts, sinks):
     return (jnp.where(empty[:, :, None, None], 0, z).astype(q.dtype),)
 
 
-def _check(q, keys, kv_positions, q_starts, alibi, interpret):
+def _check(q, keys, where, shared, interpret):
     num_cells = keys.shape[2]
     if platform() != "tpu" and not interpret:
         raise NotImplementedError(
@@ -151,11 +150,11 @@ def _check(q, keys, kv_positions, q_starts, alibi, interpret):
         raise NotImplementedError("it has no float64.")
     if varying(q):
         raise NotImplementedError("inside shard_map it takes check_vma=False.")
-    if kv_positions is not None:
+    if where.kv_positions is not None:
         raise NotImplementedError("it has no positions of keys.")
-    if alibi is not None:
+    if shared.alibi is not None:
         raise NotImplementedError("it has no ALiBi.")
-    if q_starts is not None and num_cells > 1 << PACKED_BITS:
+    if where.q_starts is not None and num_cells > 1 << PACKED_BITS:
         raise NotImplementedError(
             f"with first positions (packed documents) it takes up to {1 << PACKED_BITS} cells; "
             f"got {num_cells}."

@@ -8,12 +8,15 @@ Inside this file queries are grouped by the key head they read, [B, K, T, G, H] 
 scores are [B, K, T, G, S].
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from kernels.cells import corner, is_batched, is_ring, ring_positions, write_one
+from kernels.blocks import Blocks
+from kernels.cells import is_ring, ring_positions, write_one
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
 
@@ -25,110 +28,103 @@ PARTS = 8  # of the cells that one query reads at once
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-def attend(
-    q,
-    keys,
-    values,
-    q_positions,
-    kv_positions=None,
-    q_starts=None,
-    sinks=None,
-    alibi=None,
-    *,
-    options: Options,
-):
+def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     """Attention by position: a query at i reads the keys at start..i.
 
     Args:
       q: [B, T, N, H].
-      keys, values: [B, K, S, H]; N is a multiple of K.
-      q_positions: [B or 1, T] int32; a negative position is padding, which reads nothing.
-      kv_positions: [B or 1, S] int32, negative where a cell is empty; None: cell s holds
-        position s.
-      q_starts: [B or 1, T] int32, the first position each query may read; None: 0.
-      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
-      alibi: [N] constant slopes, score -= slope * (i - p) (arXiv:2108.12409); None: none.
+      keys, values: [B, K, S, H] and [B, K, S, Hv]; N is a multiple of K.
+      where: which keys each query reads.
+      shared: sinks and ALiBi's slopes.
       options: scale, window, soft cap.
 
     Returns:
-      z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
+      z [B, T, N, Hv] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
       of the scores in float32, -inf where a query reads nothing. Both have gradients, for q, keys,
       values and sinks.
     """
-    operands = (q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi)
-    return _attend(options, *vary_like(operands, operands))
+    moving, fixed = (q, keys, values, shared.sinks), (where, shared.alibi)
+    return _attend(options, *vary_like((moving, fixed), (moving, fixed)))
 
 
+# moving: q, keys, values and sinks, which have gradients; fixed: the rest.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi):
-    return forward(
-        q,
-        keys,
-        values,
-        None,
-        q_positions,
-        kv_positions,
-        q_starts,
-        sinks,
-        alibi,
-        options=options,
-    )
+def _attend(options, moving, fixed):
+    (q, keys, values, sinks), (where, alibi) = moving, fixed
+    blocks = Blocks((keys, values), batched=True)
+    return _forward(q, blocks, where, Shared(sinks, alibi), options)
 
 
-def _attend_fwd(options, *operands):
-    z, lse = _attend(options, *operands)
-    return (z, lse), (operands, z, lse)
+def _attend_fwd(options, moving, fixed):
+    z, lse = _attend(options, moving, fixed)
+    return (z, lse), (moving, fixed, z, lse)
 
 
 def _attend_bwd(options, residuals, cotangents):
-    operands, z, lse = residuals
-    dq, dkeys, dvalues, dsinks = _backward(options, operands, z, lse, *cotangents)
-    return dq, dkeys, dvalues, None, None, None, dsinks, None
+    return _backward(options, residuals, cotangents), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def forward(
-    q, keys, values, layer, q_positions, kv_positions, q_starts, sinks, alibi, *, options: Options
-):
-    """`attend` on blocks as they lie (see `cells.write_one`), without a gradient.
+def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
+    """`kernels.write_read.decode`: one cell of each sequence changes, and the read is in place.
 
-    They are read tile by tile, so no copy is made.
+    The blocks are not even reshaped: where a loop carries them in another shape, XLA makes a copy
+    at every step.
     """
+    size = blocks.arrays[0].shape[-2]
+    i = i[:, 0]
+    cells = jnp.where(i < 0, -1, i % size) if is_ring(options, size) else i
+    arrays = write_one(blocks, cells, cell)
+    # Without the barrier XLA fuses the write into each of its uses: a copy of the block for each.
+    arrays = jax.lax.optimization_barrier(arrays)
+    written = replace(blocks, arrays=arrays)
+    return arrays, read(written, i[:, None], q, shared, options=options)
+
+
+def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
+    """`kernels.write_read.read`: tiles of the blocks are read where they lie."""
+    size = blocks.arrays[0].shape[-2]
+    where = Where(i, ring_positions(i, size) if is_ring(options, size) else None)
+    return _forward(q, blocks, where, shared, options)[0]
+
+
+def _forward(q, blocks, where, shared, options):
+    """`attend` on blocks as they lie, without a gradient: tile by tile, so no copy is made."""
+    keys, values = blocks.arrays
     num_kv_heads, num_cells = keys.shape[-3:-1]
     one_query = q.shape[1] == 1
     masking = _Masking(
         options,
         num_cells,
-        kv_positions,
-        alibi,
+        where.kv_positions,
+        shared.alibi,
         num_kv_heads,
         large=LARGE_KEY_TILE if one_query else None,
         # A product with the block as it lies needs no copy of tiles, and is twice as fast where
         # most cells are read. Narrow types would be widened first, a layer of a stack cut out.
-        whole=one_query and layer is None and keys.dtype == jnp.float32,
+        whole=one_query and blocks.layer is None and keys.dtype == jnp.float32,
     )
 
     def read(query):
         def step(begin, size, state):
             peak, total, mixed = state
-            key = masking.slice(keys, layer, begin, size)
+            key, value = masking.tile(blocks, begin, size)
             scores, visible, _ = masking.scores(query, key, begin)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.where(visible, jnp.exp(scores - new_peak[..., None]), 0)
             shrink = jnp.exp(peak - new_peak)
-            value = masking.slice(values, layer, begin, size)
             mixed = mixed * shrink[..., None] + _mix(weights, value)
             return new_peak, total * shrink + weights.sum(-1), mixed
 
-        rows = query["q"].shape
-        dtype = _accumulator(q)
-        state = jnp.full(rows[:-1], MASKED, dtype), jnp.zeros(rows[:-1], dtype)
-        state = vary_like((*state, jnp.zeros(rows, dtype)), q)
+        rows, dtype = query["q"].shape[:-1], _accumulator(q)
+        state = jnp.full(rows, MASKED, dtype), jnp.zeros(rows, dtype)
+        mixed = jnp.zeros((*rows, values.shape[-1]), dtype)
+        state = vary_like((*state, mixed), q)
         peak, total, mixed = masking.loop(query, step, state)
-        if sinks is not None:
-            sink = _grouped_heads(sinks.astype(dtype), num_kv_heads)
+        if shared.sinks is not None:
+            sink = _grouped_heads(shared.sinks.astype(dtype), num_kv_heads)
             new_peak = jnp.maximum(peak, sink)
             shrink = jnp.exp(peak - new_peak)
             mixed, total = mixed * shrink[..., None], total * shrink + jnp.exp(sink - new_peak)
@@ -138,35 +134,18 @@ def forward(
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
         return (mixed / total[..., None]).astype(q.dtype), lse
 
-    queries = _tile_queries({"q": q}, q_positions, q_starts, num_kv_heads)
+    queries = _tile_queries({"q": q}, where, num_kv_heads)
     several = _several(queries)
     return _untile(jax.lax.map(read, queries) if several else read(queries), q, several)
 
 
-def decode(keys, values, layer, cells, starts, k, v, q, sinks, alibi, *, options: Options):
-    """`kernels.write_read.write_read` for one token of each sequence, without a gradient.
-
-    One cell changes in place, and the read is from the blocks as they lie. They are not even
-    reshaped: where a loop carries them in another shape, XLA makes a copy at every step.
-    """
-    size = keys.shape[-2]
-    ring = is_ring(options, size)
-    slots = cells[:, 0] % size if ring else cells[:, 0]
-    slots = jnp.where(cells[:, 0] < 0, -1, slots)
-    keys = write_one(keys, layer, slots, k[:, 0])
-    values = write_one(values, layer, slots, v[:, 0])
-    # Without the barrier XLA fuses the write into each of its uses: a copy of the block for each.
-    keys, values = jax.lax.optimization_barrier((keys, values))
-    held = ring_positions(cells, size) if ring else None
-    z, _ = forward(q, keys, values, layer, cells, held, starts, sinks, alibi, options=options)
-    return keys, values, z
-
-
-def _backward(options, operands, z, lse, dz, dlse):
-    """Gradients by recomputing the weights from the log-sum-exp, tile by tile."""
-    q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi = operands
+def _backward(options, residuals, cotangents):
+    """Gradients of q, keys, values and sinks, by recomputing the weights from the log-sum-exp."""
+    (q, keys, values, sinks), (where, alibi), z, lse = residuals
+    dz, dlse = cotangents
     num_kv_heads = keys.shape[1]
-    masking = _Masking(options, keys.shape[2], kv_positions, alibi, num_kv_heads)
+    blocks = Blocks((keys, values), batched=True)
+    masking = _Masking(options, keys.shape[2], where.kv_positions, alibi, num_kv_heads)
     dtype = _accumulator(q)
     # d loss / d score = weight * (d loss / d weight - delta); the log-sum-exp's own cotangent
     # enters the same way, since d lse / d score = weight.
@@ -175,7 +154,7 @@ def _backward(options, operands, z, lse, dz, dlse):
     def read(gradients, query):
         def step(begin, size, state):
             dq, dkeys, dvalues = state
-            key, value = (masking.slice(x, None, begin, size) for x in (keys, values))
+            key, value = masking.tile(blocks, begin, size)
             scores, visible, slope = masking.scores(query, key, begin)
             weights = jnp.where(visible, jnp.exp(scores - query["lse"][..., None]), 0)
             dweights = _dot("bktgh,bksh->bktgs", query["dz"], value)
@@ -192,7 +171,7 @@ def _backward(options, operands, z, lse, dz, dlse):
 
     gradients = vary_like((jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)), q)
     per_query = {"q": q, "dz": dz, "lse": lse, "delta": delta}
-    queries = _tile_queries(per_query, q_positions, q_starts, num_kv_heads)
+    queries = _tile_queries(per_query, where, num_kv_heads)
     several = _several(queries)
     (dkeys, dvalues), dq = (
         jax.lax.scan(read, gradients, queries) if several else read(gradients, queries)
@@ -234,15 +213,18 @@ class _Masking:
         """First cell of the tile for the cells from `begin`; the last one ends with the block."""
         return jnp.minimum(begin, self.num_cells - size)
 
-    def slice(self, blocks, layer, begin, size):
-        """One tile [B, K, size, H] of blocks, of the given layer where they are stacked."""
-        batched = is_batched(blocks, layer)
-        if layer is None and size == self.num_cells:
-            return blocks if batched else blocks[None]
-        at = corner(0 if batched else None, layer, self.start(begin, size))
-        K, _, H = blocks.shape[-3:]
-        front = (*blocks.shape[:batched], *(() if layer is None else (1,)))
-        return jax.lax.dynamic_slice(blocks, at, (*front, K, size, H)).reshape(-1, K, size, H)
+    def tile(self, blocks, begin, size):
+        """Cells of the blocks from `begin` on: keys [B, K, size, H] and values [B, K, size, Hv]."""
+        if blocks.layer is None and size == self.num_cells:
+            return blocks.take()
+        at = blocks.index(0, 0, self.start(begin, size), 0)
+
+        def one(x):
+            K, _, H = x.shape[-3:]
+            front = (*x.shape[: int(blocks.batched)], *(() if blocks.layer is None else (1,)))
+            return jax.lax.dynamic_slice(x, at, (*front, K, size, H)).reshape(-1, K, size, H)
+
+        return jax.tree.map(one, blocks.arrays)
 
     def add(self, block, begin, tile):
         """Adds a tile of gradient [B, K, size, H] to a block's [B, K, S, H]."""
@@ -323,7 +305,7 @@ class _Masking:
         return jnp.argmax(seen), stop
 
 
-def _tile_queries(arrays, positions, starts, num_kv_heads):
+def _tile_queries(arrays, where, num_kv_heads):
     """Groups arrays [B, T, N, ...] by key head and cuts T into tiles, on a new leading axis.
 
     One tile gets no such axis. Rows are padded with position -1, which reads nothing.
@@ -343,7 +325,7 @@ def _tile_queries(arrays, positions, starts, num_kv_heads):
         return jnp.moveaxis(x, 3, 2)
 
     queries = {name: grouped(tiled(x)) for name, x in arrays.items()}
-    queries |= {"positions": tiled(positions, -1), "starts": tiled(starts)}
+    queries |= {"positions": tiled(where.q_positions, -1), "starts": tiled(where.q_starts)}
     return jax.tree.map(lambda x: x[0], queries) if size == T else queries
 
 

@@ -10,6 +10,7 @@ from kernels.backends.triton.adapter import call
 from kernels.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
 from kernels.backends.triton.forward_kernel import forward_kernel
 from kernels.backends.triton.launches import launch, width
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import foldable, vary_like
 from kernels.tracing.target import architecture
@@ -19,11 +20,8 @@ def attend(
     q,
     keys,
     values,
-    q_positions,
-    kv_positions=None,
-    q_starts=None,
-    sinks=None,
-    alibi=None,
+    where: Where,
+    shared: Shared,
     *,
     options: Options,
     on: int | None = None,
@@ -34,12 +32,8 @@ def attend(
       q: [B, T, N, H], float32, bfloat16 or float16; H up to 256.
       keys, values: [B, K, S, H]; N is a multiple of K. Products are in the narrower of the dtypes
         of q and keys.
-      q_positions: [B or 1, T] int32; a negative position is padding, which reads nothing.
-      kv_positions: [B or 1, S] int32, negative where a cell is empty; None: cell s holds
-        position s.
-      q_starts: [B or 1, T] int32, the first position each query may read; None: 0.
-      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
-      alibi: [N] constant slopes, score -= slope * (i - p) (arXiv:2108.12409); None: none.
+      where: which keys each query reads.
+      shared: sinks and ALiBi's slopes.
       options: scale, window, soft cap.
       on: the architecture to compile for, ten times the compute capability; None: that of
         `kernels.tracing.target.architecture`.
@@ -61,33 +55,27 @@ def attend(
     def heads(x):
         return None if x is None else jnp.broadcast_to(x.astype(jnp.float32), (B, N))
 
-    operands = (
-        q.astype(dtype),
-        keys.astype(dtype),
-        values.astype(dtype),
-        rows(q_positions),
-        rows(kv_positions),
-        rows(q_starts),
-        heads(sinks),
-        heads(alibi),
-    )
+    moving = (q.astype(dtype), keys.astype(dtype), values.astype(dtype), heads(shared.sinks))
+    places = map(rows, (where.q_positions, where.kv_positions, where.q_starts))
+    operands = moving, (*places, heads(shared.alibi))
     operands = vary_like(operands, operands)
     z, lse = _attend(options, architecture() if on is None else on, *operands)
     return z.astype(q.dtype), lse.swapaxes(1, 2)
 
 
-# The axes of the operands: see `kernels.tracing.partition`.
-AXES = ("btnh", "bksh", "bksh", "bt", "bs", "bt", "bn", "bn")
+# The axes of the operands, see `kernels.tracing.partition`: q, keys, values and sinks, which have
+# gradients; then the positions of queries and keys, starts and slopes, which have none.
+AXES = ("btnh", "bksh", "bksh", "bn", "bt", "bs", "bt", "bn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(options, on, *operands):
-    return foldable(partial(_forward, options, on), AXES, ("btnh", "bnt"))(*operands)
+def _attend(options, on, moving, fixed):
+    return foldable(partial(_forward, options, on), AXES, ("btnh", "bnt"))(*moving, *fixed)
 
 
-def _attend_fwd(options, on, *operands):
-    z, lse = _attend(options, on, *operands)
-    return (z, lse), (operands, z, lse)
+def _attend_fwd(options, on, moving, fixed):
+    z, lse = _attend(options, on, moving, fixed)
+    return (z, lse), ((*moving, *fixed), z, lse)
 
 
 def score_constants(options, head_size, alibi):
@@ -113,7 +101,7 @@ def _constants(options, q, keys, kv_positions, q_starts, alibi):
     }
 
 
-def _forward(options, on, q, keys, values, q_positions, kv_positions, q_starts, sinks, alibi):
+def _forward(options, on, q, keys, values, sinks, q_positions, kv_positions, q_starts, alibi):
     """Returns z [B, T, N, H] and the log-sum-exp [B, N, T]."""
     B, T, N, H = q.shape
     tile = launch("forward", on, H, q.dtype)
@@ -145,10 +133,10 @@ def _backward(
     q,
     keys,
     values,
+    sinks,
     q_positions,
     kv_positions,
     q_starts,
-    sinks,
     alibi,
     z,
     lse,
@@ -201,10 +189,9 @@ def _attend_bwd(options, on, residuals, cotangents):
     operands, z, lse = residuals
     backward = partial(_backward, options, on)
     axes = (*AXES, "btnh", "bnt", "btnh", "bnt")
-    results = ("btnh", "bksh", "bksh", "bn")[: 3 if operands[6] is None else 4]
-    gradients = foldable(backward, axes, results)(*operands, z, lse, *cotangents)
-    dq, dkeys, dvalues, *dsinks = gradients
-    return dq, dkeys, dvalues, None, None, None, dsinks[0] if dsinks else None, None
+    results = AXES[: 3 if operands[3] is None else 4]
+    dq, dkeys, dvalues, *dsinks = foldable(backward, axes, results)(*operands, z, lse, *cotangents)
+    return (dq, dkeys, dvalues, dsinks[0] if dsinks else None), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -7,23 +7,20 @@ from kernels.backends.triton.adapter import call
 from kernels.backends.triton.attention import score_constants
 from kernels.backends.triton.decode_kernels import combine_kernel, decode_kernel
 from kernels.backends.triton.launches import launch, power_of_two, split_size, width
-from kernels.cells import is_batched, is_ring
+from kernels.blocks import Blocks
+from kernels.cells import is_ring
+from kernels.operands import Shared
 from kernels.options import Options
 from kernels.tracing.partition import split_by_rows_and_heads
 from kernels.tracing.target import architecture
 
 
 def decode(
-    keys,
-    values,
-    layer,
-    cells,
-    starts,
-    k,
-    v,
+    blocks: Blocks,
+    i,
+    cell,
     q,
-    sinks,
-    alibi,
+    shared: Shared,
     *,
     options: Options,
     on: int | None = None,
@@ -34,27 +31,25 @@ def decode(
     rule: sequences are the leading axis of every array.
 
     Args:
-      keys, values: as in `kernels.write_read.write_read`, written in place: donate them. A block of
-        `options.window` cells is a ring, where position p lives in cell p % window.
-      layer: scalar int32, which of the L layers; None where there is no such axis.
-      cells: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
-      starts: [B or 1, 1] int32, the first position each token may read; None: 0.
-      k, v: [B, 1, K, H].
+      blocks: of keys and values, written in place: donate them. A block of `options.window` cells
+        is a ring, where position p lives in cell p % window.
+      i: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
+      cell: (k [B, 1, K, H], v [B, 1, K, H]).
       q: [B, 1, N, H].
-      sinks, alibi: [N] or None, as in `attend`.
+      shared: sinks and ALiBi's slopes.
       options: scale, window, soft cap.
       on: the architecture to compile for, ten times the compute capability; None: that of
         `kernels.tracing.target.architecture`.
 
     Returns:
-      keys, values with the new cells, and z [B, 1, N, H] in q's dtype.
+      (keys, values) with the new cells, and z [B, 1, N, H] in q's dtype.
 
     Raises:
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
     """
     on = architecture() if on is None else on
-    batched = is_batched(keys, layer)
-    block = "b" * batched + "l" * (layer is not None) + "ksh"
+    (keys, values), (k, v), layer = blocks.arrays, cell, blocks.layer
+    block = "b" * blocks.batched + "l" * (layer is not None) + "ksh"
     operands = {
         "q": (q, "btnh"),
         "k": (k, "btkh"),
@@ -62,23 +57,18 @@ def decode(
         "keys": (keys, block),
         "values": (values, block),
         "layer": (None if layer is None else jnp.asarray(layer, jnp.int32), ""),
-        "cells": (_rows(cells, q), "b"),
-        "starts": (_rows(starts, q), "b"),
-        "sinks": (sinks, "n"),
-        "alibi": (alibi, "n"),
+        "cells": (jnp.broadcast_to(i[:, 0].astype(jnp.int32), q.shape[:1]), "b"),
+        "sinks": (shared.sinks, "n"),
+        "alibi": (shared.alibi, "n"),
     }
     arrays, axes = zip(*operands.values(), strict=True)
     step = lambda *arrays: _step(options, on, **dict(zip(operands, arrays, strict=True)))
-    return split_by_rows_and_heads(step, arrays, axes, (block, block, "btnh"))
+    keys, values, z = split_by_rows_and_heads(step, arrays, axes, (block, block, "btnh"))
+    return (keys, values), z
 
 
-def _rows(x, q):
-    """[B or 1, 1] -> [B]."""
-    return None if x is None else jnp.broadcast_to(x[:, 0].astype(jnp.int32), q.shape[:1])
-
-
-def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi):
-    """One step on one device; cells and starts [B]."""
+def _step(options, on, q, k, v, keys, values, layer, cells, sinks, alibi):
+    """One step on one device; cells [B]."""
     *_, K, S, H = keys.shape  # to a kernel they are one stretch of memory; no reshape, no copy
     B, _, N, _ = q.shape
     tile = launch("decode", on, H, keys.dtype)
@@ -100,7 +90,7 @@ def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi
         values,
         jnp.int32(0) if layer is None else layer,
         cells,
-        starts,
+        None,  # no starts
         k.astype(keys.dtype),
         v.astype(values.dtype),
         q.astype(keys.dtype),
@@ -124,7 +114,7 @@ def _step(options, on, q, k, v, keys, values, layer, cells, starts, sinks, alibi
         GROUP=group,
         SPLIT=split,
         RING=is_ring(options, S),
-        HAS_STARTS=starts is not None,
+        HAS_STARTS=False,
         HAS_SINKS=sinks is not None,
         **score_constants(options, H, alibi),
     )

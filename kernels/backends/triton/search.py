@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from kernels.backends.triton import attend, decode, table
 from kernels.backends.triton.launches import Launch, trial
 from kernels.backends.triton.resources import Kernel, compiled, instructions, lower
+from kernels.blocks import Blocks
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.target import architecture as this_architecture
 
@@ -116,14 +118,15 @@ def _program(kernel, dtype, width):
         last = jnp.full((1, 1), CELLS - 1, jnp.int32)
 
         def step(keys, values, k, v, q):
-            operands = (keys, values, None, last, None, k, v, q, None, None)
-            return decode(*operands, options=options)
+            blocks = Blocks((keys, values), batched=True)
+            (keys, values), z = decode(blocks, last, (k, v), q, Shared(), options=options)
+            return keys, values, z
 
         return step, (blocks, blocks, new, new, q)
     q, block = array(B, LENGTH, N, width), array(B, K, LENGTH, width)
 
     def forward(q, keys, values, positions):
-        return attend(q, keys, values, positions, options=options)[0]
+        return attend(q, keys, values, Where(positions), Shared(), options=options)[0]
 
     def backward(q, keys, values, positions):
         z, pull = jax.vjp(partial(forward, positions=positions), q, keys, values)

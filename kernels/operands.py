@@ -1,0 +1,43 @@
+"""What a read takes besides queries, keys and values, as pytrees."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_positions", "kv_positions", "q_starts"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Where:
+    """Which keys each query reads: those at positions start..i that its window reaches.
+
+    Attributes:
+      q_positions: [B or 1, T] int32, the position i of each query; a negative one is padding, which
+        reads nothing.
+      kv_positions: [B or 1, S] int32, the position that each cell holds, negative where it is
+        empty; None: cell s holds position s.
+      q_starts: [B or 1, T] int32, the first position that each query may read; None: 0.
+    """
+
+    q_positions: jax.Array
+    kv_positions: jax.Array | None = None
+    q_starts: jax.Array | None = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sinks", "alibi"], meta_fields=[])
+@dataclass(frozen=True)
+class Shared:
+    """What all queries of a read have in common.
+
+    Attributes:
+      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
+      alibi: [N] slopes, score -= slope * (i - p) (arXiv:2108.12409); constants, without a gradient;
+        None: none.
+    """
+
+    sinks: jax.Array | None = None
+    alibi: jax.Array | None = None
