@@ -4,19 +4,29 @@ from transformer.config import Config
 from transformer.inference.completion import Completion
 from transformer.inference.generate import generate
 from transformer.inference.score import score
-from transformer.memory.cache import Block, Cache
+from transformer.memory.cache import Cache
+from transformer.memory.cells import Cells, Window
+from transformer.memory.fold import Fold
+from transformer.memory.memory import Memory
+from transformer.memory.softmax import Softmax
 from transformer.modes.schedule import run
 from transformer.presets import presets
-from transformer.program.program import Params, init_cache, init_params, program
+from transformer.program.init import init_cache, init_params
+from transformer.program.params import Params
+from transformer.program.program import program
 from transformer.storage.model import Model, load, save
 
 __all__ = [
-    "Block",
     "Cache",
+    "Cells",
     "Completion",
     "Config",
+    "Fold",
+    "Memory",
     "Model",
     "Params",
+    "Softmax",
+    "Window",
     "generate",
     "init_cache",
     "init_params",

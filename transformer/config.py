@@ -1,4 +1,4 @@
-"""What a transformer is made of: one frozen dataclass, and the shapes people use."""
+"""What a transformer is made of: one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,83 @@ CHOICES = {
     "feed_forward": ("gelu", "swiglu", "geglu"),
     "biases": ("none", "qkv", "all"),
     "remat": ("none", "segments", "dots"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float64"),
 }
+# How a layer lets tokens reach each other: what it writes to its blocks, and how it reads them.
+LAYER_KINDS = ("attention", "latent", "delta")
+
+
+class Shape(NamedTuple):
+    """The sizes of a transformer by the letters that name the axes of arrays.
+
+    V vocabulary, L layers, E width, F feed-forward width, N query heads, K key and value heads, H
+    head size, X experts.
+    """
+
+    V: int
+    L: int
+    E: int
+    F: int
+    N: int
+    K: int
+    H: int
+    X: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Keys and values of all heads are made from one latent vector a token, and that is what a cell
+    holds, with one small key that carries the position and that all heads share.
+
+    rank: numbers of the latent vector (512 in DeepSeek-V2).
+    query_rank: numbers of the latent vector that queries are made from; None: from x itself.
+    rotary_size: numbers of the key that carries the position; even.
+    value_size: numbers of a head's value; None: the head size, which is that of the part of a key
+      that carries no position.
+    """
+
+    rank: int
+    query_rank: int | None = None
+    rotary_size: int = 64
+    value_size: int | None = None
+
+    def __post_init__(self):
+        require_types("latent.", self)
+        for name in ("rank", "query_rank", "rotary_size", "value_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"latent.{name}={value}; it must be at least 1.")
+        if self.rotary_size % 2:
+            raise ValueError(
+                f"latent.rotary_size={self.rotary_size}; positions turn pairs of numbers, so it "
+                "must be even."
+            )
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The sizes of a gated delta rule (Gated DeltaNet, arXiv:2412.06464, as in Qwen3-Next).
+
+    num_key_heads, num_value_heads: heads of queries and keys, and of values; the second is a
+      multiple of the first. None: num_heads of the config.
+    key_size, value_size: numbers of a head; None: the head size of the config.
+    convolution: tokens that the short convolution before the rule sees, its own included.
+    """
+
+    num_key_heads: int | None = None
+    num_value_heads: int | None = None
+    key_size: int | None = None
+    value_size: int | None = None
+    convolution: int = 4
+
+    def __post_init__(self):
+        require_types("delta.", self)
+        for name in dataclasses.asdict(self):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"delta.{name}={value}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -75,35 +151,46 @@ class RotaryScaling:
 
 @dataclass(frozen=True)
 class Config:
-    """A transformer's architecture and how it is computed.
+    """A transformer's architecture, and how it is computed.
 
-    vocab_size, max_length: tokens of the vocabulary, positions at most.
+    A field that is None where a size belongs follows from other fields; `shape` has all sizes.
+
+    vocab_size, max_length: tokens of the vocabulary, and how many positions there are at most.
     num_layers, width: L and E.
     num_heads, num_kv_heads, head_size: N, K (None: N) and H (None: E / N).
     feed_forward_width: F; None: 4 E.
+    layer_kinds: how layers let tokens reach each other, one kind or a pattern that repeats over the
+      layers: "attention"; "latent" (see `Latent`); "delta" (see `Delta`). Three layers of the delta
+      rule and one of attention are ("delta", "delta", "delta", "attention").
+    latent, delta: the sizes of layers of these kinds.
+    num_shared_kv_layers: so many layers at the end have no block of their own, but read again that
+      of the last attention layer before them that has the same window (Gemma 3n).
     positions: "rotary" (arXiv:2104.09864), "learned", "alibi" (arXiv:2108.12409) or "none".
-    rotary_base, rotary_fraction, rotary_scaling: base of the frequencies, the part of each head
+    rotary_base, rotary_fraction, rotary_scaling: the base of the frequencies, the part of each head
       that turns, and how frequencies are stretched.
-    rotary_window_base: base for layers with a window (Gemma 3); None: rotary_base, and scaled.
-    norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer, after its residual
-      sum (post), or before and on its output (both, as in Gemma 2).
-    feed_forward: "gelu" (tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
+    rotary_window_base: the base for layers with a window (Gemma 3), whose frequencies are then not
+      stretched; None: as in the other layers.
+    norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer (pre), after its
+      residual sum (post), or before it and on its output (both, as in Gemma 2).
+    feed_forward: "gelu" (in its tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
     biases: on no projection, on q/k/v only (Qwen 2), or on all but those of experts.
-    qk_norm: `norm` on each head of q and k.
-    window: positions that a layer sees: None (all), a number, or a pattern of both that repeats
+    qk_norm: whether `norm` acts on each head of q and k.
+    window: how many positions a layer sees: None (all), a number, or a pattern of both that repeats
       over the layers, as (512, 512, None).
-    attention_scale: factor on q.k; None: 1 / sqrt(H).
+    attention_scale: the factor on q.k; None: 1 / sqrt(H).
     attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) on scores and logits; None: off.
-    attention_sinks: a learned logit per head in the softmax's denominator (gpt-oss).
-    parallel_residual: attention and feed-forward read the same input (GPT-J).
-    tie_embeddings: the output matrix is the embedding.
-    embedding_scale: factor on token embeddings (Gemma: sqrt(E)).
-    num_experts, experts_per_token: mixture of experts where num_experts > 0; the top-k gates are
-      renormalised by softmax over the chosen ones (Mixtral).
-    scan_layers: the layers are one compiled loop; compile time stays flat in num_layers.
-    remat: "none"; "segments" saves q, k, v, z and recomputes between the instructions in the
-      backward pass; "dots" also saves the results of matrix products.
-    dtype: "float32" or "bfloat16", in which is computed; parameters are float32.
+    attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
+    parallel_residual: whether attention and feed-forward read the same input (GPT-J).
+    tie_embeddings: whether the output matrix is the embedding.
+    embedding_scale: the factor on token embeddings (Gemma: sqrt(E)).
+    num_experts, experts_per_token: a mixture of experts where num_experts > 0; the gates of the
+      chosen experts are renormalised by a softmax over them (Mixtral).
+    scan_layers: whether the layers run as one compiled loop; compile time is then flat in
+      num_layers.
+    remat: "none"; "segments" saves what the instructions take and give, and computes the rest again
+      in the backward pass; "dots" also saves the results of matrix products.
+    dtype: "float32", "bfloat16" or, with JAX's jax_enable_x64, "float64": the type of activations.
+      Parameters are float32.
 
     Raises:
       ValueError: a choice that does not exist, or sizes that do not fit together.
@@ -117,6 +204,10 @@ class Config:
     num_kv_heads: int | None = None
     head_size: int | None = None
     feed_forward_width: int | None = None
+    layer_kinds: str | tuple[str, ...] = "attention"
+    latent: Latent | None = None
+    delta: Delta | None = None
+    num_shared_kv_layers: int = 0
     positions: str = "rotary"
     rotary_base: float = 10_000.0
     rotary_fraction: float = 1.0
@@ -143,41 +234,48 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self):
-        fill = lambda name, value: object.__setattr__(self, name, value)
-        if self.num_kv_heads is None:
-            fill("num_kv_heads", self.num_heads)
-        if isinstance(self.window, list):
-            fill("window", tuple(self.window))
-        if isinstance(self.rotary_scaling, dict):
-            fill("rotary_scaling", RotaryScaling(**self.rotary_scaling))
+        read = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("window", "layer_kinds"):
+            if isinstance(getattr(self, name), list):
+                read(name, tuple(getattr(self, name)))
+        for name, kind in (
+            ("rotary_scaling", RotaryScaling),
+            ("latent", Latent),
+            ("delta", Delta),
+        ):
+            if isinstance(getattr(self, name), dict):
+                read(name, kind(**getattr(self, name)))
         require_types("", self)
+        self._check_choices()
+        self._check_sizes()
+        self._check_positions()
+        self._check_layers()
+
+    def _check_choices(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not exist; choose one of "
                     f"{', '.join(choices)}."
                 )
-        for name in (
-            "vocab_size",
-            "max_length",
-            "num_layers",
-            "width",
-            "num_heads",
-            "num_kv_heads",
-        ):
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise ValueError(
+                f"parallel_residual goes with norm_placement='pre', not {self.norm_placement!r}."
+            )
+
+    def _check_sizes(self):
+        for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads"):
             self._require_size(name)
-        if self.head_size is None:
-            if self.width % self.num_heads:
-                raise ValueError(
-                    f"width={self.width} is no multiple of num_heads={self.num_heads}; "
-                    "change one of them, or set head_size."
-                )
-            fill("head_size", self.width // self.num_heads)
-        if self.feed_forward_width is None:
-            fill("feed_forward_width", 4 * self.width)
-        self._require_size("head_size")
-        self._require_size("feed_forward_width")
-        self._require_size("num_experts", least=0)
+        for name in ("num_kv_heads", "head_size", "feed_forward_width"):
+            if getattr(self, name) is not None:
+                self._require_size(name)
+        for name in ("num_experts", "num_shared_kv_layers"):
+            self._require_size(name, least=0)
+        if self.head_size is None and self.width % self.num_heads:
+            raise ValueError(
+                f"width={self.width} must be a multiple of num_heads={self.num_heads}, unless "
+                "head_size is given; change one of them."
+            )
         for name in ("rotary_base", "norm_epsilon", "embedding_scale"):
             self._require_positive(name)
         for name in (
@@ -188,41 +286,92 @@ class Config:
         ):
             if getattr(self, name) is not None:
                 self._require_positive(name)
-        if not 0 < self.rotary_fraction <= 1:
-            raise ValueError(f"rotary_fraction={self.rotary_fraction}; it is in (0, 1].")
-        if self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.shape.K:
             raise ValueError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}."
-            )
-        if self.positions == "rotary" and self.rotary_size % 2:
-            raise ValueError(
-                f"rotary positions turn pairs, and head_size={self.head_size} with "
-                f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size} numbers."
-            )
-        if self.rotary_scaling is not None and self.positions == "rotary":
-            if self.rotary_scaling.kind == "ntk" and self.rotary_size == 2:
-                raise ValueError("ntk stretches all but the first pair of numbers, of 1 here.")
-            if self.rotary_scaling.kind == "yarn" and not self.rotary_base > 1:
-                raise ValueError(f"yarn takes a rotary_base above 1, not {self.rotary_base}.")
-        if not self.pattern or any(not _is_size(w) for w in self.pattern if w is not None):
-            raise ValueError(
-                f"window={self.window}; a window is a whole number from 1 on, or None for all, and "
-                "a pattern has at least one of them."
-            )
-        if self.scan_layers and self.num_layers % len(self.pattern):
-            raise ValueError(
-                f"scan_layers repeats the window pattern of {len(self.pattern)} layers, and "
-                f"num_layers={self.num_layers} is no multiple of it; set scan_layers=False."
-            )
-        if self.parallel_residual and self.norm_placement != "pre":
-            raise ValueError(
-                f"parallel_residual goes with norm_placement='pre', not {self.norm_placement!r}."
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.shape.K}: "
+                "query heads share key heads evenly."
             )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token}; with num_experts={self.num_experts} "
-                f"it is between 1 and {self.num_experts}."
+                f"it must be between 1 and {self.num_experts}."
             )
+
+    def _check_positions(self):
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(
+                f"rotary_fraction={self.rotary_fraction}; it must be above 0, and at most 1."
+            )
+        if self.positions != "rotary":
+            return
+        if self.rotary_size % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of numbers, and a head size of {self.shape.H} with "
+                f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size}; it must be even."
+            )
+        if self.rotary_scaling is not None:
+            if self.rotary_scaling.kind == "ntk" and self.rotary_size == 2:
+                raise ValueError(
+                    "rotary scaling 'ntk' leaves the first pair of numbers as it is, and here a "
+                    "head has only that one; use larger heads or another scaling."
+                )
+            if self.rotary_scaling.kind == "yarn" and not self.rotary_base > 1:
+                raise ValueError(
+                    f"rotary_base={self.rotary_base}; with rotary scaling 'yarn' it must be above "
+                    "1."
+                )
+
+    def _check_layers(self):
+        windows, kinds = _pattern(self.window), _pattern(self.layer_kinds)
+        if not windows or any(not _is_size(w) for w in windows if w is not None):
+            raise ValueError(
+                f"window={self.window}; a window is a whole number from 1 on, or None for all, and "
+                "a pattern has at least one of them."
+            )
+        if not kinds or set(kinds) - set(LAYER_KINDS):
+            raise ValueError(
+                f"layer_kinds={self.layer_kinds!r}; a kind is one of {', '.join(LAYER_KINDS)}, and "
+                "a pattern has at least one of them."
+            )
+        if "latent" in kinds:
+            if self.latent is None:
+                raise ValueError(
+                    "layers of the kind 'latent' need their sizes: latent=Latent(rank=...)."
+                )
+            if self.positions not in ("rotary", "none") or self.attention_sinks or self.qk_norm:
+                raise ValueError(
+                    "layers of the kind 'latent' go with positions 'rotary' or 'none', without "
+                    "attention_sinks and qk_norm."
+                )
+        if "delta" in kinds and self.delta_sizes.num_value_heads % self.delta_sizes.num_key_heads:
+            raise ValueError(
+                f"delta.num_value_heads={self.delta_sizes.num_value_heads} must be a multiple of "
+                f"delta.num_key_heads={self.delta_sizes.num_key_heads}."
+            )
+        if any(kind == "latent" and window is not None for kind, window in self.pattern):
+            raise ValueError("layers of the kind 'latent' see all positions; give them no window.")
+        if self.scan_layers and self.num_layers % len(self.pattern):
+            raise ValueError(
+                f"scan_layers repeats a pattern of {len(self.pattern)} layers, and num_layers="
+                f"{self.num_layers} must be a multiple of that; set scan_layers=False."
+            )
+        if self.num_shared_kv_layers:
+            self._check_shared()
+
+    def _check_shared(self):
+        if self.scan_layers:
+            raise ValueError(
+                "num_shared_kv_layers makes the last layers unlike the others; set "
+                "scan_layers=False."
+            )
+        own = self.num_layers - self.num_shared_kv_layers
+        for kind, window in self.layers[max(own, 0) :]:
+            if kind == "attention" and (kind, window) not in self.layers[: max(own, 0)]:
+                raise ValueError(
+                    f"num_shared_kv_layers={self.num_shared_kv_layers} of {self.num_layers} "
+                    f"layers: none of the layers before them is of attention with window="
+                    f"{window}, so there is no block to read again."
+                )
 
     def _require_size(self, name, least=1):
         value = getattr(self, name)
@@ -235,19 +384,47 @@ class Config:
             raise ValueError(f"{name}={value}; it must be above 0 and finite.")
 
     @property
-    def pattern(self) -> tuple[int | None, ...]:
-        """The windows of the layers, in the shortest pattern that repeats."""
-        return self.window if isinstance(self.window, tuple) else (self.window,)
+    def shape(self) -> Shape:
+        """All sizes, those that follow from others included."""
+        return Shape(
+            V=self.vocab_size,
+            L=self.num_layers,
+            E=self.width,
+            F=self.feed_forward_width or 4 * self.width,
+            N=self.num_heads,
+            K=self.num_kv_heads or self.num_heads,
+            H=self.head_size or self.width // self.num_heads,
+            X=self.num_experts,
+        )
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer."""
+    def delta_sizes(self) -> Delta:
+        """The sizes of layers of the delta rule, none of them None."""
+        given = self.delta or Delta()
+        return Delta(
+            num_key_heads=given.num_key_heads or self.num_heads,
+            num_value_heads=given.num_value_heads or given.num_key_heads or self.num_heads,
+            key_size=given.key_size or self.shape.H,
+            value_size=given.value_size or self.shape.H,
+            convolution=given.convolution,
+        )
+
+    @property
+    def pattern(self) -> tuple[tuple[str, int | None], ...]:
+        """Kind and window of each layer, in the shortest pattern that repeats."""
+        kinds, windows = _pattern(self.layer_kinds), _pattern(self.window)
+        period = math.lcm(len(kinds), len(windows))
+        return tuple((kinds[n % len(kinds)], windows[n % len(windows)]) for n in range(period))
+
+    @property
+    def layers(self) -> tuple[tuple[str, int | None], ...]:
+        """Kind and window of each layer."""
         return tuple(self.pattern[n % len(self.pattern)] for n in range(self.num_layers))
 
     @property
     def rotary_size(self) -> int:
         """How many numbers of each head turn."""
-        return int(self.head_size * self.rotary_fraction)
+        return int(self.shape.H * self.rotary_fraction)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -255,10 +432,7 @@ class Config:
         return jnp.dtype(self.dtype)
 
     def replace(self, **changes) -> Config:
-        """The same config with some fields changed.
-
-        Fields that were derived (head_size, feed_forward_width, num_kv_heads) keep their values.
-        """
+        """The same config with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
@@ -306,6 +480,10 @@ def fits(value, hint) -> bool:
 @functools.cache
 def _hints(kind):
     return typing.get_type_hints(kind)
+
+
+def _pattern(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _is_size(value, least=1):

@@ -1,8 +1,6 @@
 """The shapes that people use, by name."""
 
-import dataclasses
-
-from transformer.config import Config, RotaryScaling
+from transformer.config import Config, Delta, Latent, RotaryScaling
 
 _GPT2 = Config(
     vocab_size=50257,
@@ -19,15 +17,7 @@ _GPT2 = Config(
 
 
 def _gpt2(num_layers, width, num_heads):
-    return dataclasses.replace(
-        _GPT2,
-        num_layers=num_layers,
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=None,
-        head_size=None,
-        feed_forward_width=None,
-    )
+    return _GPT2.replace(num_layers=num_layers, width=width, num_heads=num_heads)
 
 
 presets: dict[str, Config] = {
@@ -39,6 +29,27 @@ presets: dict[str, Config] = {
         num_heads=4,
         num_kv_heads=2,
         feed_forward_width=160,
+    ),
+    "tiny-mla": Config(
+        vocab_size=257,
+        max_length=256,
+        num_layers=2,
+        width=64,
+        num_heads=4,
+        feed_forward_width=160,
+        layer_kinds="latent",
+        latent=Latent(rank=32, rotary_size=8),
+    ),
+    "tiny-hybrid": Config(
+        vocab_size=257,
+        max_length=256,
+        num_layers=4,
+        width=64,
+        num_heads=4,
+        num_kv_heads=2,
+        feed_forward_width=160,
+        layer_kinds=("delta", "delta", "delta", "attention"),
+        delta=Delta(num_key_heads=2, num_value_heads=4),
     ),
     "small": Config(
         vocab_size=4096,

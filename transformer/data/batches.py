@@ -1,9 +1,9 @@
-"""A corpus as batches: packing into rows, shuffling, sharding by process, resuming.
+"""A corpus as batches: packed into rows, shuffled, sharded by process, and resumed.
 
 A tokenized corpus is one stream in which the special token begins every document and the target
 of each token is the one after it, so the target of a document's last token is the special token
-again. Rows are windows of that stream. Grain shuffles, shards and batches them; because any row of
-any epoch can be computed alone, an iterator's state is one integer.
+again. Rows are windows of that stream. Grain shuffles, shards and batches them. Because any row of
+any epoch can be computed alone, the state of an iterator is one integer.
 """
 
 import functools
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from transformer.data.corpus import Document
+from transformer.checks import whole_number
+from transformer.data.documents import Document
 from transformer.data.tokenizer import Tokenizer
 
 
@@ -23,11 +24,11 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: int32, the inputs.
-        targets: int32, the token after each input in its document; the special token at the end.
-        positions: int32, position of the input in the piece of its document that lies in this row.
-            A row's pieces are contiguous and each counts from 0, so `cell - position` is the first
-            cell of the piece.
-        weights: float32, 1 where the target counts and 0 where the cell is padding.
+        targets: int32, the token after each input in its document; after the last, the special
+            token.
+        positions: int32, the position of the input in the piece of its document that lies in this
+            row. The pieces of a row are contiguous, and each counts from 0.
+        weights: float32, 1 where the target counts and 0 where there is only padding.
     """
 
     tokens: np.ndarray
@@ -56,7 +57,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenizedCo
         ValueError: there is no document.
     """
     if not documents:
-        raise ValueError("there are no documents to tokenize; give at least one")
+        raise ValueError("there are no documents to tokenize; give at least one.")
     texts = tokenizer.encode_batch([document.text for document in documents])
     end = np.array([tokenizer.end_of_document], np.int32)
     starts = np.cumsum([0] + [1 + len(text) for text in texts])
@@ -142,15 +143,20 @@ def train_batches(
         shard_count: number of processes that share the data.
 
     Raises:
-        ValueError: an argument is out of its range, or there is no document.
+        TypeError: a number is not a whole one.
+        ValueError: a number is out of its range, or there is no document.
     """
-    _require_positive(batch_size=batch_size, length=length, shard_count=shard_count)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; it must lie in 0..{2**32 - 1}")
-    if not 0 <= shard_index < shard_count:
+    batch_size = whole_number("batch_size", batch_size, least=1)
+    length = whole_number("length", length, least=1)
+    shard_count = whole_number("shard_count", shard_count, least=1)
+    shard_index = whole_number("shard_index", shard_index)
+    seed = whole_number("seed", seed)
+    if seed >= 2**32:
+        raise ValueError(f"seed={seed}; it must be between 0 and 2**32 - 1.")
+    if shard_index >= shard_count:
         raise ValueError(
-            f"shard_index is {shard_index}; with shard_count {shard_count} it must lie in "
-            f"0..{shard_count - 1}"
+            f"shard_index={shard_index}; with shard_count={shard_count} it must be between 0 and "
+            f"{shard_count - 1}."
         )
     rows = PackedRows(tokenize(documents, tokenizer), length, seed)
     # Endless in practice. Without a count, Grain's length of batches of one row overflows.
@@ -173,16 +179,13 @@ def validation_batches(
     model must also tell where a text ends.
 
     Raises:
-        ValueError: an argument is out of its range, or there is no document.
+        TypeError: a number is not a whole one.
+        ValueError: a number is out of its range, or there is no document.
     """
-    _require_positive(batch_size=batch_size, length=length)
+    batch_size = whole_number("batch_size", batch_size, least=1)
+    length = whole_number("length", length, least=1)
     rows = PackedRows(tokenize(documents, tokenizer), length)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     batches = rows.batch(batch_size, batch_fn=pad)
     return [batches[index] for index in range(len(batches))]
 
-
-def _require_positive(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")

@@ -1,45 +1,80 @@
-"""A corpus: its documents, read from files, and split by document."""
+"""A corpus: its documents, read from files."""
 
-import glob
-import hashlib
+import logging
 import os
 import sysconfig
-from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+
+from transformer.data.documents import Document, counted, cut, default_length, separated
+from transformer.data.paths import find_files
 
 # What lies beside the standard library's own source: tests (some deliberately broken or in other
 # encodings), installed packages, and files generated for one machine.
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _GENERATED = ("config-", "_sysconfigdata")
 
-
-class Document(NamedTuple):
-    """A text and the name that identifies it in the corpus, a path relative to the corpus."""
-
-    name: str
-    text: str
+_log = logging.getLogger(__name__)
 
 
-def read_corpus(glob_pattern: str | None = None) -> list[Document]:
-    """Reads the documents of a corpus, sorted by name; empty files are left out.
+def read_corpus(
+    glob_pattern: str | None = None,
+    separator: str | None = None,
+    document_length: int | None = None,
+) -> list[Document]:
+    """Reads the documents of a corpus, sorted by name.
+
+    What is left out, such as files without text, and a single document that had to be cut are
+    logged.
 
     Args:
         glob_pattern: the user's files, `**` for any depth of folders. Names are relative to the
             part of the pattern before its first wildcard. None reads the source of Python's own
             standard library without its tests; a file there that is not UTF-8 is left out.
+        separator: the text that stands between the documents of a file; None: a file is a document.
+        document_length: longer documents are cut into pieces of at most so many characters, at the
+            ends of lines where there are any; None: only a corpus of a single document is cut,
+            into at most 100 pieces.
 
     Raises:
         FileNotFoundError: the pattern matches no file.
-        ValueError: a file of the user's is not UTF-8, or all files are empty.
+        ValueError: a file of the user's is not UTF-8, all files are empty, the separator stands in
+            none of them, or an argument is out of its range.
     """
-    documents = _standard_library() if glob_pattern is None else _matching_files(glob_pattern)
-    documents = sorted(document for document in documents if document.text)
+    if separator == "":
+        raise ValueError("separator=''; it must be a text, or None where files are documents.")
+    if document_length is not None and document_length < 1:
+        raise ValueError(f"document_length={document_length}; it must be at least 1, or None.")
+    if glob_pattern is None:
+        source, files = "the standard library", _standard_library()
+    else:
+        source, files = repr(glob_pattern), _matching_files(glob_pattern)
+    documents = [document for document in files if document.text]
     if not documents:
-        source = "the standard library" if glob_pattern is None else repr(glob_pattern)
-        raise ValueError(f"the corpus is empty: no file of {source} holds any text")
-    return documents
+        raise ValueError(f"the corpus is empty: no file of {source} holds any text.")
+    if separator is not None:
+        if not any(separator in document.text for document in documents):
+            raise ValueError(
+                f"separator={separator!r} stands in no file of {source}; a line break on the "
+                "command line is written as $'\\n'."
+            )
+        documents = [part for document in documents for part in separated(document, separator)]
+    if document_length is not None:
+        documents = [piece for document in documents for piece in cut(document, document_length)]
+    elif len(documents) == 1:
+        documents = _cut_by_default(*documents)
+    return sorted(documents)
+
+
+def _cut_by_default(document):
+    pieces = cut(document, default_length(document))
+    if len(pieces) > 1:
+        _log.info(
+            "the corpus is one document of %s, which is cut into %s to hold some of them out; "
+            "separator or document_length cut it otherwise",
+            counted(len(document.text), "character"),
+            counted(len(pieces), "piece"),
+        )
+    return pieces
 
 
 def _standard_library() -> list[Document]:
@@ -62,60 +97,27 @@ def _standard_library() -> list[Document]:
 
 
 def _matching_files(pattern: str) -> list[Document]:
-    pattern = os.path.expanduser(pattern)
-    paths = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
-    if not paths:
+    root, files, left_out = find_files(pattern)
+    if not files:
         raise FileNotFoundError(
             f"no file matches {pattern!r} (from {os.getcwd()}); ** matches folders at any depth, "
-            "and the shell must not expand the pattern: quote it"
+            "and the shell must not expand the pattern: quote it."
         )
-    parts = Path(pattern).parts
-    root = Path(*takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
     documents = []
-    for path in paths:
+    for path in files:
         try:
             documents.append(_read(path, root))
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; "
-                "convert the file, or choose a pattern that leaves it out"
+                "convert the file, or choose a pattern that leaves it out."
             ) from error
+    left_out["file without text"] += sum(not document.text for document in documents)
+    kinds = [counted(number, kind) for kind, number in left_out.items() if number]
+    if kinds:
+        _log.warning("left out of the corpus %r: %s", pattern, ", ".join(kinds))
     return documents
 
 
 def _read(path: Path, root: Path) -> Document:
     return Document(path.relative_to(root).as_posix(), path.read_bytes().decode("utf-8"))
-
-
-def split(
-    documents: Sequence[Document], validation_fraction: float
-) -> tuple[list[Document], list[Document]]:
-    """Splits whole documents into (train, validation), in their order.
-
-    A document's side depends on a hash of its own name alone, so adding or removing files never
-    moves another one across.
-
-    Args:
-        documents: the corpus.
-        validation_fraction: share of documents held out, in expectation; between 0 and 1.
-
-    Raises:
-        ValueError: the fraction is out of range, or one side would be empty.
-    """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction is {validation_fraction}; it must lie between 0 and 1"
-        )
-    sides = ([], [])
-    for document in documents:
-        digest = hashlib.sha256(document.name.encode(errors="surrogateescape")).digest()
-        held_out = int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
-        sides[held_out].append(document)
-    for name, side in zip(("training", "validation"), sides, strict=True):
-        if not side:
-            raise ValueError(
-                f"no document is left for {name}: {len(documents)} documents with "
-                f"validation_fraction {validation_fraction}. Documents are held out whole, so "
-                "give more files or another fraction"
-            )
-    return sides

@@ -86,13 +86,13 @@ class Tokenizer:
         Raises:
             ValueError: the text has no UTF-8 form (it holds half of a surrogate pair).
         """
-        _require_utf8(text)
+        require_utf8(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as int32 [T], as `encode` gives them, on all cores."""
         for text in texts:
-            _require_utf8(text)
+            require_utf8(text)
         ids = []
         for start in range(0, len(texts), _TEXTS_PER_CALL):
             encodings = self._backend.encode_batch_fast(
@@ -219,7 +219,12 @@ def cached_bpe(
     return tokenizer
 
 
-def _require_utf8(text: str) -> None:
+def require_utf8(text: str) -> None:
+    """Refuses a text that holds half of a surrogate pair, which has no bytes in UTF-8.
+
+    Raises:
+      ValueError: names the character and its place.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

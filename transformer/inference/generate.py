@@ -5,7 +5,6 @@ power of two and the next: the lengths of the prompts, the number of new tokens 
 sampling are data.
 """
 
-import functools
 import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,15 +20,15 @@ from transformer.inference.sampling import Sampling, sample
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
 from transformer.program.experts import Experts
-from transformer.program.layers import Linear
-from transformer.program.program import Params, init_cache, program
+from transformer.program.init import init_cache
+from transformer.program.linear import Linear
+from transformer.program.params import Params
+from transformer.program.program import program
 
 PREFILL_CHUNK = 64  # prompt tokens that run at once
 BLOCK = 32  # new tokens at most between two looks at them
 MIN_CAPACITY = 512
 MIN_STOP_TOKENS = 8
-
-_program = functools.cache(program)  # one f for one config, so that jit knows it again
 
 
 def generate(
@@ -114,7 +113,7 @@ def stream(
         faster. The others are as in `generate`, and so are the errors, raised before anything runs.
     """
     config, tokenizer = model.config, model.tokenizer
-    f = _program(config, numerics=numerics, attention=attention)
+    f = program(config, numerics=numerics, attention=attention)
     sampling = Sampling.make(temperature, top_k, top_p, min_p, tokenizer.vocab_size)
     if operator.index(max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; it is at least 1.")

@@ -1,14 +1,13 @@
 """What `generate` is given, checked: prompts and their random keys, and what stops a completion."""
 
-import operator
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from transformer.checks import token_ids
 from transformer.config import Config
-from transformer.data.tokenizer import Tokenizer
-from transformer.modes.schedule import check_tokens
+from transformer.data.tokenizer import Tokenizer, require_utf8
 
 
 def prompt_tokens(
@@ -40,21 +39,12 @@ def prompt_tokens(
             tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)] if prompt else []
         else:
             tokens = prompt
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:  # lists of several lengths
-            tokens = np.asarray([None])
-        if not tokens.size:
+        if not np.size(tokens):
             raise ValueError(
                 f"prompt {index} is empty; for text out of nothing, give the ids "
                 f"[tokenizer.end_of_document], which is [{tokenizer.end_of_document}]."
             )
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise TypeError(
-                f"prompt {index} is {prompt!r}; a prompt is a text or a list of token ids, "
-                "and prompts is a list of prompts."
-            )
-        _check_tokens(f"prompt {index}", tokens, config)
+        tokens = np.asarray(token_ids(tokens, config.vocab_size, f"prompt {index}"))
         if len(tokens) + max_new_tokens > config.max_length:
             raise ValueError(
                 f"prompt {index} has {len(tokens)} tokens, and with max_new_tokens="
@@ -99,19 +89,16 @@ def stop_conditions(
       ValueError: an empty text, or an id outside of the vocabulary.
       TypeError: something is neither a text nor a whole number.
     """
-    if not isinstance(stop, str | int | list | tuple):
-        raise ValueError(f"stop={stop!r}; it is a text, a token id, or a list of them.")
-    stop = [stop] if isinstance(stop, str | int) else list(stop)
+    one = isinstance(stop, str | int | np.integer)
+    if not one and not isinstance(stop, list | tuple):
+        raise TypeError(f"stop={stop!r}; it must be a text, a token id, or a list of them.")
+    stop = [stop] if one else list(stop)
     texts = [x for x in stop if isinstance(x, str)]
     if "" in texts:
-        raise ValueError("stop holds an empty text, which is everywhere; remove it.")
-    tokens = [operator.index(x) for x in stop if not isinstance(x, str)]
-    _check_tokens("stop", tokens, config)
+        raise ValueError("stop holds an empty text, which every text begins with; remove it.")
+    for text in texts:
+        require_utf8(text)
+    tokens = [x for x in stop if not isinstance(x, str)]
+    if tokens:
+        tokens = np.asarray(token_ids(tokens, config.vocab_size, "stop")).tolist()
     return texts, {tokenizer.end_of_document, *tokens}
-
-
-def _check_tokens(place, tokens, config):
-    try:
-        check_tokens(tokens, config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.modes.schedule import check_tokens, parallel
-from transformer.program.program import init_cache, program
+from transformer.checks import token_ids
+from transformer.modes.schedule import parallel
+from transformer.program.init import init_cache
+from transformer.program.program import program
 
 # The shortest padded length.
 _SHORTEST = 64
@@ -29,20 +31,15 @@ def score(model, tokens, *, numerics: str = "fast") -> np.ndarray:
 
     Raises:
       ValueError: no tokens, more than `max_length` of them, or ids outside of the vocabulary.
+      TypeError: the tokens are not integers.
     """
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            "tokens are [T] integers, at least one; these are "
-            f"{list(tokens.shape)} of {tokens.dtype}."
-        )
+    tokens = np.asarray(token_ids(tokens, model.config.vocab_size))
     length, max_length = len(tokens), model.config.max_length
     if length > max_length:
         raise ValueError(
             f"{length} tokens are more than the {max_length} positions of the model "
             "(max_length); score them in parts."
         )
-    check_tokens(tokens, model.config.vocab_size)
     padded = min(max(_SHORTEST, 1 << (length - 1).bit_length()), max_length)
     filled = np.zeros(padded, np.int32)
     filled[:length] = tokens

@@ -3,14 +3,15 @@
 One chunk is the parallel mode, chunks of one token the sequential mode; what runs is the same f.
 """
 
-import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from transformer.memory.cache import Cache
+from transformer.checks import token_ids, whole_number
+from transformer.memory.cache import Cache, check_turn_ended
+from transformer.memory.instruction import POSITIONS
+from transformer.program.program import Program
 
 
 def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = None):
@@ -34,12 +35,12 @@ def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = 
       ValueError: chunk below 1, no tokens, start below 0, more tokens than the cache has room for
         or learned positions exist for, or token ids outside of the vocabulary (start and ids as far
         as the values are known when tracing).
-      TypeError: tokens are no integers.
+      TypeError: tokens, start or chunk are not integers.
       ProgramError: f breaks the rule of the cache.
     """
-    tokens = _checked(params, cache, tokens, start, chunk)
+    tokens = _checked(f, cache, tokens, start)
     length = len(tokens)
-    chunk = length if chunk is None else min(chunk, length)
+    chunk = length if chunk is None else min(whole_number("chunk", chunk, least=1), length)
     positions = start + jnp.arange(length, dtype=jnp.int32)
     if chunk == length:
         return parallel(f, params, cache, tokens, positions)
@@ -61,29 +62,32 @@ def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = 
     return cache, jnp.concatenate([logits, rest])
 
 
-def parallel(f: Callable, params, cache: Cache, tokens, positions, cells=None):
-    """One chunk: every token at once.
+def parallel(f: Callable, params, cache: Cache, tokens, positions, packed: bool = False):
+    """Runs one chunk of a sequence, every token at once.
 
     Args:
       f, params, cache: as in `run`.
-      tokens, positions: [T]; positions are consecutive, -1 marks padding at the end.
-      cells: [T] consecutive cells, where they differ from the positions because several documents
-        are packed in one row; each document's positions start at 0.
+      tokens: [T] int.
+      positions: [T] int32, consecutive; -1 marks padding, which comes last.
+      packed: whether positions may begin again at 0, for several documents packed in one row. The
+        cache then needs as many cells as the row has tokens, and holds the last document after it.
 
     Returns:
       (cache, logits [T, V]).
     """
-    over = (tokens, positions) if cells is None else (tokens, positions, cells)
-    axes = (None, None, *(0,) * len(over))
-    return jax.vmap(_one_token(f), in_axes=axes, out_axes=(None, 0))(params, cache, *over)
+    over = jax.vmap(
+        _one_token(f), in_axes=(None, None, 0, 0), out_axes=(None, 0), axis_name=POSITIONS
+    )
+    after, logits = over(params, cache.replace(packed=packed), tokens, positions)
+    return after.replace(packed=cache.packed), logits
 
 
 def _one_token(f):
-    """f, checked to have run one whole token."""
+    """f, checked to have run one whole turn."""
 
-    def checked(params, cache, *operands):
-        after, logits = f(params, cache, *operands)
-        after.check_token(cache)
+    def checked(params, cache, token, i):
+        after, logits = f(params, cache, token, i)
+        check_turn_ended(cache, after)
         return after, logits
 
     return checked
@@ -94,7 +98,7 @@ def recompute(f: Callable, params, cache: Cache, tokens):
 
     Args and returns as in `run`, for an empty cache; the cache comes back as it was.
     """
-    tokens = _checked(params, cache, tokens, 0, None)
+    tokens = _checked(f, cache, tokens, 0)
     length = len(tokens)
     positions = jnp.arange(length, dtype=jnp.int32)
 
@@ -105,49 +109,20 @@ def recompute(f: Callable, params, cache: Cache, tokens):
     return cache, jax.lax.map(last_logits, positions)
 
 
-def check_tokens(tokens, vocab_size: int) -> None:
-    """Refuses token ids outside of 0..vocab_size-1, which JAX would silently clamp.
-
-    Raises:
-      ValueError: names the first such id and where it stands.
-    """
-    tokens = np.asarray(tokens)
-    wrong = np.argwhere((tokens < 0) | (tokens >= vocab_size))
-    if len(wrong):
-        place = tuple(int(n) for n in wrong[0])
-        raise ValueError(
-            f"token id {tokens[place]} at {', '.join(map(str, place))} is outside of the "
-            f"vocabulary, 0 to {vocab_size - 1}; is this another model's tokenizer?"
-        )
-
-
-def _checked(params, cache, tokens, start, chunk):
+def _checked(f, cache, tokens, start):
     """The tokens as an array of JAX, which is narrower than what was given may be."""
-    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
-    if tokens.ndim != 1 or not len(tokens):
-        raise ValueError(
-            f"tokens are [T] with at least one token, and have shape {tokens.shape}; "
-            "use jax.vmap for a batch."
-        )
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"tokens are integers, and hold {tokens.dtype}.")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; a chunk is at least 1 token, or None for all at once.")
+    config = f.config if isinstance(f, Program) else None
+    tokens = token_ids(tokens, config and config.vocab_size)
     if not isinstance(start, jax.core.Tracer):
-        stop = operator.index(start) + len(tokens)
-        learned = getattr(params, "positions", None)
-        if start < 0:
-            raise ValueError(f"start={start}; positions begin at 0.")
+        stop = whole_number("start", start) + len(tokens)
         if stop > cache.capacity:
             raise ValueError(
                 f"{len(tokens)} tokens from position {start} need {stop} cells, and the "
                 f"cache has {cache.capacity}; make it with init_cache(config, capacity=...)."
             )
-        if learned is not None and stop > len(learned):
+        if config and config.positions == "learned" and stop > config.max_length:
             raise ValueError(
                 f"{len(tokens)} tokens from position {start} need {stop} learned positions, and "
-                f"the model has max_length={len(learned)}."
+                f"the model has max_length={config.max_length}."
             )
-    if not isinstance(tokens, jax.core.Tracer) and hasattr(params, "vocab_size"):
-        check_tokens(tokens, params.vocab_size)
     return jnp.asarray(tokens)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kernels.tracing import primitive
-from transformer.program.feed_forward import activate
+from transformer.program.activation import activate
 
 
 @struct.dataclass
@@ -54,20 +54,22 @@ def _run(x, gates, chosen, up, down, gate=None, *, config):
     return [jnp.einsum("mk,mke->me", gates, rows.reshape(*chosen.shape, -1))]
 
 
-def _batch(size, operands, dims, *, config):
+def _batch(axis, operands, dims, *, config):
     """Mapped tokens become rows."""
+    if all(dim is None for dim in dims):
+        return experts_p.bind(*operands, config=config), [None]
     if any(dim is not None for dim in dims[3:]):
         raise NotImplementedError(
             "the weights of experts cannot be mapped; use jax.lax.map over models, not jax.vmap."
         )
 
     def fold(x, dim):
-        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+        x = jnp.broadcast_to(x, (axis.size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         return x.reshape(-1, *x.shape[2:])
 
     folded = [fold(x, dim) for x, dim in zip(operands[:3], dims[:3], strict=True)]
     [y] = experts_p.bind(*folded, *operands[3:], config=config)
-    return [y.reshape(size, -1, y.shape[-1])], [0]
+    return [y.reshape(axis.size, -1, y.shape[-1])], [0]
 
 
 experts_p = primitive.define("experts", _run, _batch)

@@ -1,10 +1,26 @@
-"""The nonlinearity of the feed-forward network, dense or of experts."""
+"""The position-wise network: dense, or a mixture of experts."""
 
 import jax
+from flax import struct
+
+from transformer.program.activation import activate
+from transformer.program.experts import Experts, mix_experts
+from transformer.program.linear import Linear, linear
 
 
-def activate(config, hidden, gate):
-    """[F] -> [F]: GELU, or a gate times the hidden layer (arXiv:2002.05202)."""
-    if config.feed_forward == "gelu":
-        return jax.nn.gelu(hidden)
-    return (jax.nn.silu if config.feed_forward == "swiglu" else jax.nn.gelu)(gate) * hidden
+@struct.dataclass
+class FeedForward:
+    """up [E, F]; down [F, E]; gate [E, F] in the gated forms, else None."""
+
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
+
+
+def feed_forward(config, params: FeedForward | Experts, x: jax.Array) -> jax.Array:
+    """x [E] -> [E]."""
+    if isinstance(params, Experts):
+        return mix_experts(config, params, x)
+    hidden = linear(params.up, x)
+    gate = None if params.gate is None else linear(params.gate, x)
+    return linear(params.down, activate(config, hidden, gate))

@@ -63,7 +63,7 @@ def rotary_frequencies(config):
 
 @functools.lru_cache
 def alibi_slopes(num_heads: int):
-    """Slopes [N] of ALiBi (arXiv:2108.12409, section 3).
+    """The N slopes of ALiBi (arXiv:2108.12409, section 3).
 
     A geometric sequence where N is a power of two; otherwise that of the power below, filled up
     with every other slope of the power above.
@@ -71,4 +71,4 @@ def alibi_slopes(num_heads: int):
     power = 2 ** int(math.log2(num_heads))
     slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
     slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(num_heads - power)]
-    return np.asarray(slopes, np.float32)
+    return tuple(slopes)

@@ -11,7 +11,8 @@ import jax
 
 from transformer.config import Config
 from transformer.data.tokenizer import Tokenizer
-from transformer.program.program import Params, init_params
+from transformer.program.init import init_params
+from transformer.program.params import Params
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints
 from transformer.storage.files import write_json
 

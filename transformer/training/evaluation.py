@@ -8,7 +8,8 @@ import numpy as np
 
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.program.program import Params, program
+from transformer.program.params import Params
+from transformer.program.program import program
 from transformer.training.loss import compute_logits, cross_entropy, row_cache
 
 

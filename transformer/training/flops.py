@@ -6,7 +6,7 @@ from functools import partial
 import jax
 
 from transformer.config import Config
-from transformer.program.program import init_params
+from transformer.program.init import init_params
 
 
 def flops_per_token(config: Config, length: int) -> float:

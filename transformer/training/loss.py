@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from transformer.data.batches import Batch
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
-from transformer.program.program import init_cache
+from transformer.program.init import init_cache
 
 
 @jax.custom_vjp
@@ -46,12 +46,11 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def compute_logits(f, params, cache, batch):
     """Logits [B, T, V]: each row in the parallel mode, from the same empty cache."""
-    length = batch.tokens.shape[1]
-    cells = jnp.arange(length, dtype=jnp.int32)
     if batch.positions is None:
-        row = lambda tokens: parallel(f, params, cache, tokens, cells)[1]
+        positions = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+        row = lambda tokens: parallel(f, params, cache, tokens, positions)[1]
         return jax.vmap(row)(batch.tokens)
-    row = lambda tokens, positions: parallel(f, params, cache, tokens, positions, cells)[1]
+    row = lambda tokens, positions: parallel(f, params, cache, tokens, positions, packed=True)[1]
     return jax.vmap(row)(batch.tokens, batch.positions)
 
 

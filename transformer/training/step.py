@@ -10,7 +10,9 @@ from flax import struct
 
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.program.program import Params, init_params, program
+from transformer.program.init import init_params
+from transformer.program.params import Params
+from transformer.program.program import program
 from transformer.training.loss import loss, row_cache
 
 

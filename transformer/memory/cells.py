@@ -1,0 +1,160 @@
+"""Memories that keep cells one by one, and read them by a function written for one query."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from transformer.memory.memory import Memory, over_rows, where
+
+
+@dataclass(frozen=True)
+class Cells(Memory):
+    """One cell for each position, any pytree, read by any function of the cells up to one's own.
+
+    A block has the shapes of a cell with an axis of S cells, the capacity, in front. A read looks
+    at all S cells, so it costs in proportion to the capacity.
+
+    Attributes:
+      read: `read(query, cells, visible, shared) -> z`, for one query. `cells` has a leading axis S,
+        cell s being that of position s; `visible` [S] is True for those up to the token's own. The
+        others hold numbers without a meaning, which must not change z: set their weights to zero.
+    """
+
+    read: Callable
+
+    def empty(self, capacity, cell):
+        """Returns `capacity` cells of zeros."""
+        return jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), cell)
+
+    def step(self, block, i, cell, query, shared):
+        """Writes cell i, and reads."""
+        at = jnp.maximum(i, 0)
+
+        def write(x, new):
+            new = jnp.where(i >= 0, new.astype(x.dtype), x[at])
+            return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+
+        block = jax.tree.map(write, block, cell)
+        visible = jnp.arange(_size(block), dtype=jnp.int32) <= i
+        return block, where(i >= 0, self.read(query, block, visible, shared), 0)
+
+    def chunk(self, block, i, cells, queries, shared):
+        """Writes all cells, then reads for every query."""
+        if len(i) == 1:
+            return self._scan(block, i, cells, queries, shared)
+        block = _write(block, i, cells)
+        visible = jnp.arange(_size(block), dtype=jnp.int32) <= i[:, None]
+        z = jax.vmap(self.read, in_axes=(0, None, 0, None))(queries, block, visible, shared)
+        return block, where_tokens(i, z)
+
+    def documents(self, capacity, block, i, cells, queries, shared):
+        """Rows of packed documents: each token reads its own document, moved to cell 0."""
+        return over_rows(self._documents, block, i, cells, queries, shared)
+
+    def _documents(self, block, i, cells, queries, shared):
+        size = _size(block)
+        places = i[0] + jnp.arange(len(i), dtype=jnp.int32)
+        row = _write(block, jnp.where(i >= 0, places, -1), cells)
+        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), row)
+
+        def document(start):
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 0)
+            return jax.tree.map(cut, twice)
+
+        def token(inputs):
+            i, start, query = inputs
+            visible = jnp.arange(size, dtype=jnp.int32) <= i
+            return self.read(query, document(start), visible, shared)
+
+        starts = jnp.where(i >= 0, places - i, 0)
+        z = jax.lax.map(token, (i, starts, queries))
+        last = jnp.argmax(jnp.where(i >= 0, jnp.arange(len(i)), -1))
+        return document(starts[last]), where_tokens(i, z)
+
+
+@dataclass(frozen=True)
+class Window(Memory):
+    """The last `size` cells, the token's own included: short convolutions, token shift.
+
+    A block has the shapes of a cell with an axis of size - 1 cells in front, in the order of their
+    positions. For windows of more than a few dozen cells, `Softmax(window=...)` is the better way.
+
+    Attributes:
+      size: how many positions a token sees, its own included; at least 1.
+      read: `read(query, cells, visible, shared) -> z`, for one query. `cells` has a leading axis
+        `size`, oldest first and the token's own last; `visible` [size] is False for those before
+        position 0, whose numbers must not change z.
+    """
+
+    size: int
+    read: Callable
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size={self.size}; a window holds at least 1 cell, the token's own.")
+
+    def empty(self, capacity, cell):
+        """Returns size - 1 cells of zeros."""
+        return jax.tree.map(lambda x: jnp.zeros((self.size - 1, *x.shape), x.dtype), cell)
+
+    def step(self, block, i, cell, query, shared):
+        """Appends the cell, reads, and drops the oldest."""
+        append = lambda x, new: jnp.concatenate([x, new[None].astype(x.dtype)])
+        cells = jax.tree.map(append, block, cell)
+        z = self.read(query, cells, self._visible(i), shared)
+        block = where(i >= 0, jax.tree.map(lambda x: x[1:], cells), block)
+        return block, where(i >= 0, z, 0)
+
+    def chunk(self, block, i, cells, queries, shared):
+        """Reads for all tokens from the block and the chunk behind it, shifted `size` times."""
+        if len(i) == 1:
+            return self._scan(block, i, cells, queries, shared)
+        append = lambda x, new: jnp.concatenate([x, new.astype(x.dtype)])
+        cells = jax.tree.map(append, block, cells)
+        shifted = lambda x: jnp.stack([x[n : n + len(i)] for n in range(self.size)], axis=1)
+        windows = jax.tree.map(shifted, cells)
+        visible = jax.vmap(self._visible)(i)
+        z = jax.vmap(self.read, in_axes=(0, 0, 0, None))(queries, windows, visible, shared)
+        count = jnp.sum(i >= 0, dtype=jnp.int32)
+        last = lambda x: jax.lax.dynamic_slice_in_dim(x, count, self.size - 1, 0)
+        return jax.tree.map(last, cells), where_tokens(i, z)
+
+    def documents(self, capacity, block, i, cells, queries, shared):
+        """As `rows`: what lies before a document's position 0 is never visible."""
+        return self.rows(block, i, cells, queries, shared)
+
+    def _visible(self, i):
+        return i - jnp.arange(self.size - 1, -1, -1, dtype=jnp.int32) >= 0
+
+
+def where_tokens(i, z):
+    """z [T, ...] with zeros for padding."""
+    return jax.vmap(partial(where, old=0))(i >= 0, z)
+
+
+def _size(block):
+    return jax.tree.leaves(block)[0].shape[0]
+
+
+def _write(block, i, cells):
+    """Writes cells [T, ...] at consecutive places i [T], -1 for padding, in one slice update."""
+    count = len(i)
+
+    def write(x, new):
+        size = x.shape[0]
+        if count > size:
+            raise ValueError(
+                f"a chunk of {count} tokens does not fit a block of {size} cells; use a cache "
+                f"with a capacity of at least {count}, or a smaller chunk."
+            )
+        start = jnp.clip(i[0], 0, size - count)
+        shift = i[0] - start  # near the end the slice begins before the first new cell
+        old = jax.lax.dynamic_slice_in_dim(x, start, count, 0)
+        mine = jnp.roll(i, shift) == start + jnp.arange(count, dtype=jnp.int32)
+        new = jax.vmap(jnp.where)(mine, jnp.roll(new.astype(x.dtype), shift, 0), old)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+
+    return jax.tree.map(write, block, cells)

@@ -1,0 +1,99 @@
+"""Layers of the kind "attention": keys and values under a softmax."""
+
+import jax
+from flax import struct
+
+from transformer.memory.cache import Turn
+from transformer.memory.softmax import Softmax
+from transformer.program.linear import Linear, Norm, linear, norm
+from transformer.program.positions import alibi_slopes, rotate
+from transformer.program.remat import segment
+from transformer.program.spec import LayerSpec
+
+
+@struct.dataclass
+class Attention:
+    """query [E, N*H]; key, value [E, K*H]; output [N*H, E]; q_norm, k_norm [H]; sinks [N].
+
+    A layer that reads another one's block has no key and value of its own: they are None, as is
+    k_norm.
+    """
+
+    query: Linear
+    output: Linear
+    key: Linear | None = None
+    value: Linear | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    sinks: jax.Array | None = None
+
+
+def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
+    """Where tokens reach each other: x [E] -> (turn, z [N, H]); params are those of the layer."""
+    sinks = params.mixer.sinks
+    if spec.reads is not None:
+        return turn, turn.read(spec.reads, memory(spec), query(spec, params, x, turn.i), sinks)
+    q, k, v = project(spec, params, x, turn.i)
+    return turn.write_read(memory(spec), (k, v), q, sinks)
+
+
+@segment
+def project(spec, params, x, i):
+    """What the token asks and writes: x [E] -> q [N, H], k [K, H], v [K, H]."""
+    config, mixer = spec.config, params.mixer
+    x = norm(config, params.mixer_norm, x)
+    q, k, v = (_heads(config, p, x) for p in (mixer.query, mixer.key, mixer.value))
+    q, k = norm(config, mixer.q_norm, q), norm(config, mixer.k_norm, k)
+    if config.positions == "rotary":
+        q, k = rotate(config, q, i), rotate(config, k, i)
+    return q, k, v
+
+
+@segment
+def query(spec, params, x, i):
+    """What a token asks that writes nothing: x [E] -> q [N, H]."""
+    config, mixer = spec.config, params.mixer
+    q = _heads(config, mixer.query, norm(config, params.mixer_norm, x))
+    q = norm(config, mixer.q_norm, q)
+    return rotate(config, q, i) if config.positions == "rotary" else q
+
+
+def output(spec, params, z):
+    """What was read becomes the sublayer's output: z [N, H] -> y [E]."""
+    return linear(params.output, z.reshape(-1))
+
+
+def memory(spec) -> Softmax:
+    """How the layer's block is written and read."""
+    config = spec.config
+    slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
+    return Softmax(
+        config.attention_scale, config.window, config.attention_soft_cap, slopes, spec.backend
+    )
+
+
+def blocks(spec):
+    """The layer's blocks, for `Cache.empty`: one, of cells (k [K, H], v [K, H])."""
+    K, H = spec.config.shape.K, spec.config.shape.H
+    cell = jax.ShapeDtypeStruct((K, H), spec.config.compute_dtype)
+    return [(memory(spec), (cell, cell))]
+
+
+def init(spec, make, key):
+    """Fresh parameters; `make` is an `init.Maker`."""
+    config, (_, _, E, _, N, K, H, _) = spec.config, spec.config.shape
+    query, key_, value, output = jax.random.split(key, 4)
+    biased, own = config.biases != "none", spec.reads is None
+    return Attention(
+        query=make.linear(query, E, N * H, biased=biased),
+        output=make.linear(output, N * H, E, last=True),
+        key=make.linear(key_, E, K * H, biased=biased) if own else None,
+        value=make.linear(value, E, K * H, biased=biased) if own else None,
+        q_norm=make.norm(H) if config.qk_norm else None,
+        k_norm=make.norm(H) if config.qk_norm and own else None,
+        sinks=make.zeros(N) if config.attention_sinks else None,
+    )
+
+
+def _heads(config, params, x):
+    return linear(params, x).reshape(-1, config.shape.H)

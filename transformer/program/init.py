@@ -1,0 +1,133 @@
+"""Fresh parameters, and empty caches."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import nn
+
+from transformer.config import Config
+from transformer.memory.cache import Cache
+from transformer.program.experts import Experts
+from transformer.program.feed_forward import FeedForward
+from transformer.program.layers import KINDS, Layer
+from transformer.program.linear import Linear, Norm
+from transformer.program.params import Params
+from transformer.program.spec import layer_specs
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the arrays of a config, float32.
+
+    Matrices are normal with standard deviation 0.02, those that end a sublayer divided by
+    sqrt(2 L) (GPT-2); norms are ones, biases zeros.
+    """
+
+    config: Config
+
+    def matrix(self, key, *shape, last=False):
+        """A matrix [..., in, out]; `last` where it ends a sublayer."""
+        deviation = 0.02 / (2 * self.config.num_layers) ** 0.5 if last else 0.02
+        return nn.initializers.normal(deviation)(key, shape, jnp.float32)
+
+    def linear(self, key, inputs, outputs, *, biased=None, last=False):
+        """A matrix with a bias; `biased` None: where the config has biases on all projections."""
+        biased = self.config.biases == "all" if biased is None else biased
+        weight = self.matrix(key, inputs, outputs, last=last)
+        return Linear(weight, self.zeros(outputs) if biased else None)
+
+    def norm(self, size):
+        """A norm that changes no scale."""
+        biased = self.config.norm == "layer" and self.config.biases == "all"
+        return Norm(jnp.ones(size, jnp.float32), self.zeros(size) if biased else None)
+
+    def zeros(self, *shape):
+        """Zeros."""
+        return jnp.zeros(shape, jnp.float32)
+
+
+def init_params(config: Config, key: jax.Array) -> Params:
+    """Makes fresh parameters, float32, from a key of `jax.random.key`.
+
+    Matrices are normal with standard deviation 0.02, those that end a sublayer divided by
+    sqrt(2 L) (GPT-2); norms are ones, biases and sinks zeros.
+    """
+    make, E = Maker(config), config.width
+    embedding, positions, output, layers = jax.random.split(key, 4)
+    keys = jax.random.split(layers, config.num_layers)
+    specs = layer_specs(config, KINDS)
+    if config.scan_layers:
+        keys = keys.reshape(-1, len(specs))
+        stacked = lambda n, spec: jax.vmap(lambda key: _init_layer(spec, make, key))(keys[:, n])
+        made = tuple(stacked(n, spec) for n, spec in enumerate(specs))
+    else:
+        made = tuple(_init_layer(spec, make, key) for spec, key in zip(specs, keys, strict=True))
+    learned = config.positions == "learned"
+    return Params(
+        embedding=make.matrix(embedding, config.vocab_size, E),
+        layers=made,
+        positions=make.matrix(positions, config.max_length, E) if learned else None,
+        final_norm=make.norm(E) if config.norm_placement != "post" else None,
+        output=None
+        if config.tie_embeddings
+        else make.linear(output, E, config.vocab_size, biased=False),
+    )
+
+
+def _init_layer(spec, make, key):
+    mixer, feed_forward = jax.random.split(key)
+    placement = spec.config.norm_placement
+    before = lambda: make.norm(spec.config.width) if placement != "post" else None
+    after = lambda: make.norm(spec.config.width) if placement != "pre" else None
+    return Layer(
+        KINDS[spec.kind].init(spec, make, mixer),
+        _init_feed_forward(spec.config, make, feed_forward),
+        mixer_norm=before(),
+        mixer_post_norm=after(),
+        feed_forward_norm=before(),
+        feed_forward_post_norm=after(),
+    )
+
+
+def _init_feed_forward(config, make, key):
+    E, F, X = config.width, config.shape.F, config.num_experts
+    up, down, gate, router = jax.random.split(key, 4)
+    gated = config.feed_forward != "gelu"
+    if X:
+        return Experts(
+            router=make.matrix(router, E, X),
+            up=make.matrix(up, X, E, F),
+            down=make.matrix(down, X, F, E, last=True),
+            gate=make.matrix(gate, X, E, F) if gated else None,
+        )
+    return FeedForward(
+        up=make.linear(up, E, F),
+        down=make.linear(down, F, E, last=True),
+        gate=make.linear(gate, E, F) if gated else None,
+    )
+
+
+def init_cache(config: Config, capacity: int, dtype=None) -> Cache:
+    """Makes an empty cache for one sequence; give it a leading axis for a batch of sequences.
+
+    Args:
+      config: the architecture.
+      capacity: how many positions fit, at least 1. A layer with a window gets at most `window`
+        cells.
+      dtype: of the cells; None: the compute dtype. States of the delta rule are at least float32.
+
+    Raises:
+      ValueError: capacity is below 1.
+    """
+    blocks = [
+        block
+        for spec in layer_specs(config, KINDS)
+        if spec.reads is None
+        for block in KINDS[spec.kind].blocks(spec)
+    ]
+    if dtype is not None:
+        cast = lambda x: jax.ShapeDtypeStruct(x.shape, dtype)
+        blocks = [(memory, jax.tree.map(cast, cell)) for memory, cell in blocks]
+    repeats = config.num_layers // len(config.pattern) if config.scan_layers else None
+    return Cache.empty(capacity, blocks, repeats=repeats)

@@ -1,0 +1,29 @@
+"""The parameters of a transformer."""
+
+import jax
+from flax import struct
+
+from transformer.program.layers import Layer
+from transformer.program.linear import Linear, Norm
+
+
+@struct.dataclass
+class Params:
+    """All parameters of a transformer, float32.
+
+    embedding: [V, E]. positions: [max_length, E] where they are learned.
+    layers: one `Layer` per layer; where layers are scanned, one per layer of the window pattern,
+      whose arrays have a leading axis of repeats.
+    output: [E, V] where it is not tied to the embedding.
+    """
+
+    embedding: jax.Array
+    layers: tuple[Layer, ...]
+    positions: jax.Array | None = None
+    final_norm: Norm | None = None
+    output: Linear | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.embedding.shape[0]

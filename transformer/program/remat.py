@@ -1,0 +1,18 @@
+"""What the gradient computes again instead of keeping it."""
+
+import jax
+
+
+def segment(function):
+    """Marks what runs between two instructions: `config.remat` may recompute it for the gradient.
+
+    The function's first argument is a `LayerSpec`. The instructions themselves are never
+    recomputed: that would keep every state of the cache.
+    """
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    recomputed = {
+        "none": function,
+        "segments": jax.checkpoint(function, static_argnums=0),
+        "dots": jax.checkpoint(function, static_argnums=0, policy=dots),
+    }
+    return lambda spec, *operands: recomputed[spec.config.remat](spec, *operands)

@@ -1,0 +1,49 @@
+"""What the layers of a config are, one by one: their kinds, their memories, their blocks."""
+
+from dataclasses import dataclass
+
+from transformer.config import Config
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of an architecture.
+
+    Attributes:
+      config: the architecture, in which `window` is that of this layer.
+      kind: one of `config.LAYER_KINDS`.
+      backend: what runs its attention.
+      reads: the number of the block that the layer reads again, instead of writing one of its own;
+        None: it writes its own.
+    """
+
+    config: Config
+    kind: str
+    backend: str = "auto"
+    reads: int | None = None
+
+
+def layer_specs(config: Config, kinds: dict, backend: str = "auto") -> tuple[LayerSpec, ...]:
+    """The layers in order; where they are scanned, those of one repeat.
+
+    Args:
+      config: the architecture.
+      kinds: the module of each kind, of which `blocks(spec)` are a layer's blocks.
+      backend: what runs attention.
+    """
+    specs, last_written, written = [], {}, 0
+    layers = config.pattern if config.scan_layers else config.layers
+    for n, layer in enumerate(layers):
+        kind, window = layer
+        shares = kind == "attention" and n >= config.num_layers - config.num_shared_kv_layers
+        spec = LayerSpec(
+            config.replace(window=window),
+            kind,
+            backend,
+            reads=last_written[layer] if shares and not config.scan_layers else None,
+        )
+        specs.append(spec)
+        if spec.reads is None:
+            last_written[layer] = written
+            written += len(kinds[kind].blocks(spec))
+    return tuple(specs)
