@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels.blocks import Blocks
+from kernels.operands import Shared, Where
 from kernels.options import Options
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
@@ -31,7 +33,8 @@ def lower_training(architecture, H, dtype, T=T, alibi=None, **choices):
 
     def gradients(q, keys, values, q_positions, q_starts, alibi):
         def loss(*moving):
-            z, _ = attend(*moving, q_positions, None, q_starts, None, alibi, options=options)
+            where = Where(q_positions, q_starts=q_starts)
+            z, _ = attend(*moving, where, Shared(alibi=alibi), options=options)
             return z.astype(jnp.float32).sum()
 
         return jax.grad(loss, (0, 1, 2))(q, keys, values)
@@ -45,7 +48,8 @@ def lower_decode(architecture, H, dtype, S=8192, **choices):
     block = array(B, 2, K, S, H, dtype=dtype)
     cell, q = array(B, 1, K, H, dtype=dtype), array(B, 1, N, H, dtype=dtype)
     step = partial(decode, options=Options(H**-0.5, **choices))
-    arrays = (block, block, array(), array(B, 1), None, cell, cell, q, None, None)
+    blocks = Blocks((block, block), array(), batched=True)
+    arrays = (blocks, array(B, 1), (cell, cell), q, Shared())
     return lower(step, *arrays, architecture=architecture)
 
 
@@ -131,7 +135,7 @@ def test_without_a_gpu_and_without_a_target():
         pytest.skip("this process has a GPU")
     x = jnp.zeros((1, 1, 1, 32))
     with pytest.raises(NotImplementedError, match="runs on CUDA GPUs, and this is a cpu"):
-        attend(x, x, x, jnp.zeros((1, 1), jnp.int32), options=Options(1.0))
+        attend(x, x, x, Where(jnp.zeros((1, 1), jnp.int32)), Shared(), options=Options(1.0))
 
 
 def test_the_table_is_as_the_search_writes_it():

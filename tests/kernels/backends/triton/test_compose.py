@@ -7,6 +7,7 @@ import pytest
 
 from kernels import attention
 from kernels.backends import reference
+from kernels.operands import Shared, Where
 from kernels.options import Options
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
@@ -34,7 +35,7 @@ def operands(*leading):
 
 def loss(attend):
     def of(q, keys, values, sinks=SINKS):
-        z, lse = attend(q, keys, values, POSITIONS, sinks=sinks, options=OPTIONS)
+        z, lse = attend(q, keys, values, Where(POSITIONS), Shared(sinks), options=OPTIONS)
         return (z**2).sum() + lse.sum()
 
     return of

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.backends import reference
+from kernels.blocks import Blocks
+from kernels.operands import Shared, Where
 from kernels.options import Options
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
@@ -23,9 +25,9 @@ def in_float64(x):
     return None if x is None else np.asarray(x, np.float64)
 
 
-def expected(keys, values, layer, cells, starts, k, v, q, sinks, alibi, options):
+def expected(blocks, cells, cell, q, shared, options):
     """The blocks with the new cells, and z in float64, by the dense formula over positions."""
-    keys, values = np.array(keys), np.array(values)
+    (keys, values), layer, (k, v) = map(np.array, blocks.arrays), blocks.layer, cell
     size = keys.shape[3]
     ring = options.window == size
     held = np.full((len(cells), size), -1, np.int32)
@@ -40,11 +42,8 @@ def expected(keys, values, layer, cells, starts, k, v, q, sinks, alibi, options)
             in_float64(q),
             in_float64(keys[:, layer]),
             in_float64(values[:, layer]),
-            cells,
-            held,
-            starts,
-            in_float64(sinks),
-            in_float64(alibi),
+            Where(cells, held),
+            Shared(in_float64(shared.sinks), in_float64(shared.alibi)),
             options=options,
         )
         return keys, values, np.asarray(z)
@@ -62,22 +61,20 @@ def cases(draw):
     last = 3 * size if window == size else size
     cells = rng.integers(0, last, (B, 1)).astype(np.int32)
     cells[rng.random((B, 1)) < 0.2] = -1
-    starts = np.maximum(cells - 30, 0) if draw(st.booleans()) else None
 
     def normal(*shape, dtype=dtype):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
+    arrays = normal(B, L, K, size, H), normal(B, L, K, size, H)
     operands = (
-        normal(B, L, K, size, H),
-        normal(B, L, K, size, H),
-        int(rng.integers(L)),
+        Blocks(arrays, int(rng.integers(L)), batched=True),
         cells,
-        starts,
-        normal(B, 1, K, H),
-        normal(B, 1, K, H),
+        (normal(B, 1, K, H), normal(B, 1, K, H)),
         normal(B, 1, N, H),
-        normal(N, dtype=jnp.float32) if draw(st.booleans()) else None,
-        rng.uniform(0.01, 0.5, N).astype(np.float32) if draw(st.booleans()) else None,
+        Shared(
+            normal(N, dtype=jnp.float32) if draw(st.booleans()) else None,
+            rng.uniform(0.01, 0.5, N).astype(np.float32) if draw(st.booleans()) else None,
+        ),
     )
     soft_cap = draw(st.sampled_from([None, 2.0]))
     return operands, Options(scale=H**-0.5, window=window, soft_cap=soft_cap)
@@ -87,9 +84,8 @@ def cases(draw):
 @given(cases())
 def test_equals_the_formula_in_float64(case):
     operands, options = case
-    keys, values, z = jax.jit(interpret.decode, static_argnames="options")(
-        *operands, options=options
-    )
+    run = jax.jit(interpret.decode, static_argnames="options")
+    (keys, values), z = run(*operands, options=options)
     want_keys, want_values, want = expected(*operands, options)
     # One cell of one layer of each row changed, and nothing else, to the bit.
     np.testing.assert_array_equal(np.asarray(keys), want_keys)
@@ -108,20 +104,23 @@ def test_token_by_token_equals_all_at_once(window):
     k, v = (jnp.asarray(rng.standard_normal((B, T, K, H)), jnp.float32) for _ in range(2))
     options = Options(H**-0.5, window)
     positions = jnp.arange(T)[None]
-    want, _ = interpret.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, options=options)
+    where, shared = Where(positions), Shared()
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    want, _ = interpret.attend(q, keys, values, where, shared, options=options)
 
     @jax.jit
-    def generate(blocks):
-        def step(blocks, i):
-            token = (jax.lax.dynamic_slice_in_dim(x, i, 1, 1) for x in (k, v, q))
-            *blocks, z = interpret.decode(
-                *blocks, 0, i[None, None], None, *token, None, None, options=options
+    def generate(arrays):
+        def step(arrays, i):
+            *cell, q_i = (jax.lax.dynamic_slice_in_dim(x, i, 1, 1) for x in (k, v, q))
+            blocks = Blocks(arrays, 0, batched=True)
+            arrays, z = interpret.decode(
+                blocks, i[None, None], tuple(cell), q_i, shared, options=options
             )
-            return blocks, z[:, 0]
+            return arrays, z[:, 0]
 
-        return jax.lax.scan(step, blocks, jnp.arange(T))
+        return jax.lax.scan(step, arrays, jnp.arange(T))
 
     garbage = jnp.full((B, 1, K, 100 if window is None else window, H), jnp.nan)
-    _, z = generate([garbage, garbage])
+    _, z = generate((garbage, garbage))
     # Both are float32 sums of the same numbers in another order.
     np.testing.assert_allclose(z.swapaxes(0, 1), want, rtol=0, atol=5e-6)

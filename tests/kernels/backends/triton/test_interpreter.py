@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.operands import Shared, Where
 from kernels.options import Options
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
@@ -74,10 +75,9 @@ def test_triton_compiles_after_interpreting():
     q, keys = jnp.zeros((1, 64, 1, 32)), jnp.zeros((1, 1, 64, 32))
     positions = jnp.arange(64)[None]
     options = Options(1.0)
-    jax.block_until_ready(interpret.attend(q, keys, keys, positions, options=options))
-    lowered = lower(
-        lambda *x: attend(*x, options=options), q, keys, keys, positions, architecture=80
-    )
+    read = q, keys, keys, Where(positions), Shared()
+    jax.block_until_ready(interpret.attend(*read, options=options))
+    lowered = lower(lambda *x: attend(*x, options=options), *read, architecture=80)
     assert [kernel.name for kernel in compiled(lowered)] == ["forward_kernel"]
 
 
@@ -86,4 +86,4 @@ def test_kernels_traced_for_a_gpu_do_not_run_here():
         pytest.skip("this process has a GPU")
     x = jnp.zeros((1, 1, 1, 32))
     with target("gpu", 90), pytest.raises(NotImplementedError, match="triton_interpret"):
-        attend(x, x, x, jnp.zeros((1, 1), jnp.int32), options=Options(1.0))
+        attend(x, x, x, Where(jnp.zeros((1, 1), jnp.int32)), Shared(), options=Options(1.0))
