@@ -15,8 +15,10 @@ import numpy as np
 from experiments.suites.timing import Figure, KernelFigure, compiled, timed
 from kernels import attention as attend
 from kernels.backends import reference
+from kernels.blocks import Blocks
+from kernels.operands import Shared, Where
 from kernels.options import Options
-from kernels.write_read import write_read
+from kernels.write_read import chunk, decode
 
 BACKENDS = ("triton", "cudnn", "splash", "xla")
 CHECKED = 64  # queries that float64 looks at: all keys of each, but no array of all by all
@@ -90,7 +92,8 @@ def _attention_in_float64(checked, q, k, v, dz, backward):
 
         def read(q, k, v):
             keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            return reference.attend(q, keys, values, checked[None], options=options)[0]
+            where = Where(checked[None])
+            return reference.attend(q, keys, values, where, Shared(), options=options)[0]
 
         results = _with_gradient(read)(q[:, checked], k, v, dz[:, checked])
         return [np.asarray(x[0]) for x in results[: 4 if backward else 1]]
@@ -118,14 +121,15 @@ def decode_attention(repeats: int):
 def _decode(B, S, N, K, H, dtype, repeats, calls):
     shapes = (B, 1, N, H), (B, 1, K, H), (B, 1, K, H), (B, K, S, H), (B, K, S, H)
     q, k, v, keys, values = _random(shapes, dtype)
-    cell = jnp.full((1, 1), S - 1, jnp.int32)
+    i = jnp.full((1, 1), S - 1, jnp.int32)
     options = Options(H**-0.5)
     with jax.enable_x64(True):
         wide = lambda x: jnp.asarray(np.asarray(x[:1].astype(jnp.float32)), jnp.float64)
         written = [
             wide(block).at[:, :, -1].set(wide(new)[:, 0]) for block, new in ((keys, k), (values, v))
         ]
-        want = [np.asarray(reference.attend(wide(q), *written, cell, options=options)[0])]
+        z, _ = reference.attend(wide(q), *written, Where(i), Shared(), options=options)
+        want = [np.asarray(z)]
     figure = Figure(
         "decode_attention",
         f"{S} cells x {B}",
@@ -136,24 +140,31 @@ def _decode(B, S, N, K, H, dtype, repeats, calls):
         calls * (keys.nbytes + values.nbytes),
     )
     for name in BACKENDS:
-
-        def step(keys, values, cell, k, v, q, name=name):
-            return write_read(
-                keys, values, None, cell, None, k, v, q, None, None, options=options, backend=name
-            )
-
+        step = functools.partial(_decode_step, options, name)
         with _skipped(name):
-            program, seconds = compiled(step, keys, values, cell, k, v, q, donate=(0, 1))
+            program, seconds = compiled(step, keys, values, i, k, v, q, donate=(0, 1))
             blocks = [jnp.copy(keys), jnp.copy(values)]
 
             def call(program=program, blocks=blocks):
-                blocks[0], blocks[1], z = program(*blocks, cell, k, v, q)
+                blocks[0], blocks[1], z = program(*blocks, i, k, v, q)
                 return z
 
             yield _measured(figure, name, call, [call()[:1]], want, seconds, repeats, calls)
     call = _torch_decode(q, keys, values)
     if call:
         yield _measured(figure, "torch sdpa", call, None, None, 0.0, repeats, calls)
+
+
+def _decode_step(options, backend, keys, values, i, k, v, q):
+    blocks = Blocks((keys, values), batched=True)
+    operands = blocks, i, (k, v), q, Shared()
+    try:
+        (keys, values), z = decode(*operands, options=options, backend=backend)
+    except NotImplementedError:  # the backend has no such way
+        (keys, values), z = chunk(
+            blocks.take(), *operands[1:], options=options, packed=False, backend=backend
+        )
+    return keys, values, z
 
 
 def _random(shapes, dtype):
