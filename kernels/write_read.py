@@ -8,6 +8,8 @@ one token: it changes one cell in place and reads tiles of the block where it li
 scatter and no copy of a block.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -21,14 +23,27 @@ from kernels.tracing.partition import vary_like
 __all__ = ["Shared", "chunk", "decode", "read"]
 
 
-def chunk(block, i, cell, q, shared: Shared, *, options: Options, packed: bool, backend: str):
+def chunk(
+    block,
+    i,
+    cell,
+    q,
+    shared: Shared,
+    *,
+    options: Options,
+    packed: bool,
+    backend: str,
+    keys_values: Callable = tuple,
+):
     """Writes T new cells of each sequence into its block, then reads for each of them.
 
     Args:
-      block: (keys [B, K, S, H], values [B, K, S, Hv]).
+      block: (keys [B, K, S, H], values [B, K, S, Hv]); or any arrays [B, K, S, ...] of which
+        `keys_values` makes the two.
       i: [B or 1, T] int32: consecutive positions; padding is -1 and comes last in a row. A padding
         token writes nothing and reads nothing.
-      cell: (k [B, T, K, H], v [B, T, K, Hv]), written in the block's dtypes.
+      cell: (k [B, T, K, H], v [B, T, K, Hv]), or what else the block holds; written in the
+        block's dtypes.
       q: [B, T, N, H].
       shared: sinks and ALiBi's slopes.
       options, backend: static.
@@ -36,6 +51,7 @@ def chunk(block, i, cell, q, shared: Shared, *, options: Options, packed: bool, 
         its own document only, and the block that is returned holds the last one, in cells
         0..i[-1]; what its other cells hold is undefined. i[0] + T must not exceed S, except in a
         ring: what is read is not a number otherwise.
+      keys_values: a function of a block's arrays to (keys, values).
 
     Returns:
       (block, z): the block with the new cells, and z [B, T, N, Hv] in q's dtype. Both have
@@ -52,7 +68,8 @@ def chunk(block, i, cell, q, shared: Shared, *, options: Options, packed: bool, 
 
     def attend(block, positions, starts=None):
         where = Where(positions, q_starts=starts)
-        attend = lambda module: module.attend(q, *block, where, shared, options=options)[0]
+        keys, values = keys_values(block)
+        attend = lambda module: module.attend(q, keys, values, where, shared, options=options)[0]
         return run(backend, attend)
 
     # What is written and what is read are apart: where nobody uses one, XLA drops it.

@@ -7,7 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from transformer.memory.memory import Memory, over_rows, where
+import kernels.cells
+from transformer.memory.memory import Memory, where
 
 
 @dataclass(frozen=True)
@@ -38,41 +39,46 @@ class Cells(Memory):
             return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
 
         block = jax.tree.map(write, block, cell)
-        visible = jnp.arange(_size(block), dtype=jnp.int32) <= i
-        return block, where(i >= 0, self.read(query, block, visible, shared), 0)
+        return block, self._read(i, query, block, shared)
 
     def chunk(self, block, i, cells, queries, shared):
+        """T tokens of one sequence."""
+        one = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        block, z = self.rows(one(block), i[None], one(cells), one(queries), shared)
+        return jax.tree.map(lambda x: x[0], (block, z))
+
+    def rows(self, block, i, cells, queries, shared):
         """Writes all cells, then reads for every query."""
-        if len(i) == 1:
-            return self._scan(block, i, cells, queries, shared)
         block = _write(block, i, cells)
-        visible = jnp.arange(_size(block), dtype=jnp.int32) <= i[:, None]
-        z = jax.vmap(self.read, in_axes=(0, None, 0, None))(queries, block, visible, shared)
-        return block, where_tokens(i, z)
+        read = lambda *operands: self._read(*operands, shared)
+        over_tokens = jax.vmap(read, in_axes=(0, 0, None))
+        over_rows = jax.vmap(over_tokens, in_axes=(None if i.shape[0] == 1 else 0, 0, 0))
+        return block, over_rows(i[0] if i.shape[0] == 1 else i, queries, block)
 
     def documents(self, capacity, block, i, cells, queries, shared):
         """Rows of packed documents: each token reads its own document, moved to cell 0."""
-        return over_rows(self._documents, block, i, cells, queries, shared)
+        places = i[:, :1] + jnp.arange(i.shape[1], dtype=jnp.int32)
+        places = jnp.where(i >= 0, places, -1)
+        written = _write(block, places, cells)
 
-    def _documents(self, block, i, cells, queries, shared):
-        size = _size(block)
-        places = i[0] + jnp.arange(len(i), dtype=jnp.int32)
-        row = _write(block, jnp.where(i >= 0, places, -1), cells)
-        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), row)
+        def row(row, i, places, queries):
+            twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), row)
 
-        def document(start):
-            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 0)
-            return jax.tree.map(cut, twice)
+            def document(start):
+                cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, len(x) // 2, 0)
+                return jax.tree.map(cut, twice)
 
-        def token(inputs):
-            i, start, query = inputs
-            visible = jnp.arange(size, dtype=jnp.int32) <= i
-            return self.read(query, document(start), visible, shared)
+            starts = jnp.where(i >= 0, places - i, 0)
+            read = lambda token: self._read(token[0], token[1], document(token[2]), shared)
+            z = jax.lax.map(read, (i, queries, starts))
+            return document(starts[jnp.maximum((i >= 0).sum() - 1, 0)]), z
 
-        starts = jnp.where(i >= 0, places - i, 0)
-        z = jax.lax.map(token, (i, starts, queries))
-        last = jnp.argmax(jnp.where(i >= 0, jnp.arange(len(i)), -1))
-        return document(starts[last]), where_tokens(i, z)
+        i, places = (jnp.broadcast_to(x, (len(_leaf(block)), i.shape[1])) for x in (i, places))
+        return jax.vmap(row)(written, i, places, queries)
+
+    def _read(self, i, query, block, shared):
+        visible = jnp.arange(len(_leaf(block)), dtype=jnp.int32) <= i
+        return where(i >= 0, self.read(query, block, visible, shared), 0)
 
 
 @dataclass(frozen=True)
@@ -135,26 +141,15 @@ def where_tokens(i, z):
     return jax.vmap(partial(where, old=0))(i >= 0, z)
 
 
-def _size(block):
-    return jax.tree.leaves(block)[0].shape[0]
+def _leaf(block):
+    return jax.tree.leaves(block)[0]
 
 
 def _write(block, i, cells):
-    """Writes cells [T, ...] at consecutive places i [T], -1 for padding, in one slice update."""
-    count = len(i)
+    """Writes cells [B, T, ...] into blocks [B, S, ...] at consecutive places i [B or 1, T]."""
 
     def write(x, new):
-        size = x.shape[0]
-        if count > size:
-            raise ValueError(
-                f"a chunk of {count} tokens does not fit a block of {size} cells; use a cache "
-                f"with a capacity of at least {count}, or a smaller chunk."
-            )
-        start = jnp.clip(i[0], 0, size - count)
-        shift = i[0] - start  # near the end the slice begins before the first new cell
-        old = jax.lax.dynamic_slice_in_dim(x, start, count, 0)
-        mine = jnp.roll(i, shift) == start + jnp.arange(count, dtype=jnp.int32)
-        new = jax.vmap(jnp.where)(mine, jnp.roll(new.astype(x.dtype), shift, 0), old)
-        return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+        flat = lambda x: x.reshape(*x.shape[:2], -1)[:, None]  # [B, 1, S or T, numbers of a cell]
+        return kernels.cells.write(flat(x), i, flat(new.astype(x.dtype))).reshape(x.shape)
 
     return jax.tree.map(write, block, cells)

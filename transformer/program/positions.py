@@ -7,28 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rotate(config, x, i):
+def rotate(config, x, i, size=None):
     """Turns the pairs (x_j, x_{j + size/2}) of each head by the angle i * frequency_j.
 
-    RoPE (arXiv:2104.09864), the pairing of GPT-NeoX and Llama. x: [heads, H]; i: scalar.
+    RoPE (arXiv:2104.09864), the pairing of GPT-NeoX and Llama. x: [heads, H]; i: scalar; size: how
+    many numbers of each head turn, None: as the config says.
     """
-    frequencies, magnitude = rotary_frequencies(config)
+    size = config.rotary_size if size is None else size
+    frequencies, magnitude = rotary_frequencies(config, size)
     angle = i.astype(jnp.float32) * frequencies
     wide = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = (magnitude * f(angle).astype(wide) for f in (jnp.cos, jnp.sin))
-    half = config.rotary_size // 2
+    half = size // 2
     a, b = (x[:, n * half : (n + 1) * half].astype(wide) for n in (0, 1))
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, x[:, 2 * half :]], axis=-1)
 
 
 @functools.lru_cache
-def rotary_frequencies(config):
-    """Angles per position, float32 [rotary_size / 2], and the factor on cos and sin.
+def rotary_frequencies(config, size):
+    """Angles per position, float32 [size / 2], and the factor on cos and sin.
 
     A layer with a window uses `rotary_window_base`, unscaled, where that is given (Gemma 3).
     """
-    size, scaling, base = config.rotary_size, config.rotary_scaling, config.rotary_base
+    scaling, base = config.rotary_scaling, config.rotary_base
     if config.window is not None and config.rotary_window_base is not None:
         scaling, base = None, config.rotary_window_base
     if scaling is not None and scaling.kind == "ntk":

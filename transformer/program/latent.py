@@ -1,0 +1,91 @@
+"""Layers of the kind "latent": multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from transformer.memory.cache import Turn
+from transformer.memory.latent import Latent
+from transformer.program.linear import Linear, Norm, linear, norm
+from transformer.program.positions import rotate
+from transformer.program.remat import segment
+from transformer.program.spec import LayerSpec
+
+
+@struct.dataclass
+class LatentAttention:
+    """The parameters, R the rank of the latent vector, P the numbers that carry the position.
+
+    query_down [E, Q] and query_norm [Q], where queries have a latent vector of their own; query
+    [E or Q, N*(H+P)]; down [E, R+P]; down_norm [R]; key [R, N, H]; value [R, N, Hv]; output
+    [N*Hv, E].
+    """
+
+    query: Linear
+    down: Linear
+    down_norm: Norm
+    key: jax.Array
+    value: jax.Array
+    output: Linear
+    query_down: Linear | None = None
+    query_norm: Norm | None = None
+
+
+def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
+    """Where tokens reach each other: x [E] -> (turn, z [N, Hv]); params are those of the layer."""
+    cell, query = project(spec, params, x, turn.i)
+    return turn.write_read(memory(spec), cell, query, (params.mixer.key, params.mixer.value))
+
+
+@segment
+def project(spec, params, x, i):
+    """What the token writes and asks: x [E] -> cell [R + P], (q [N, H], q_position [N, P])."""
+    config, mixer, sizes = spec.config, params.mixer, spec.config.latent
+    x = norm(config, params.mixer_norm, x)
+    latent, key = jnp.split(linear(mixer.down, x), [sizes.rank])
+    latent = norm(config, mixer.down_norm, latent)
+    if mixer.query_down is not None:
+        x = norm(config, mixer.query_norm, linear(mixer.query_down, x))
+    q = linear(mixer.query, x).reshape(config.num_heads, -1)
+    q, q_position = jnp.split(q, [config.shape.H], axis=1)
+    if config.positions == "rotary":
+        turn = lambda x: rotate(config, x, i, sizes.rotary_size)
+        q_position, key = turn(q_position), turn(key[None])[0]
+    return jnp.concatenate([latent, key]), (q, q_position)
+
+
+def output(spec, params, z):
+    """What was read becomes the sublayer's output: z [N, Hv] -> y [E]."""
+    return linear(params.output, z.reshape(-1))
+
+
+def memory(spec) -> Latent:
+    """How the layer's block is written and read."""
+    config = spec.config
+    return Latent(
+        config.latent.rank, config.attention_scale, config.attention_soft_cap, spec.backend
+    )
+
+
+def blocks(spec):
+    """The layer's blocks, for `Cache.empty`: one, of cells [R + P]."""
+    size = spec.config.latent.rank + spec.config.latent.rotary_size
+    return [(memory(spec), jax.ShapeDtypeStruct((size,), spec.config.compute_dtype))]
+
+
+def init(spec, make, key):
+    """Fresh parameters; `make` is an `init.Maker`."""
+    sizes, (_, _, E, _, N, _, H, _) = spec.config.latent, spec.config.shape
+    R, P, Q = sizes.rank, sizes.rotary_size, sizes.query_rank
+    Hv = sizes.value_size or H
+    query_down, query, down, key, value, output = jax.random.split(key, 6)
+    return LatentAttention(
+        query=make.linear(query, Q or E, N * (H + P), biased=False),
+        down=make.linear(down, E, R + P, biased=False),
+        down_norm=make.norm(R),
+        key=make.matrix(key, R, N, H),
+        value=make.matrix(value, R, N, Hv),
+        output=make.linear(output, N * Hv, E, last=True),
+        query_down=make.linear(query_down, E, Q, biased=False) if Q else None,
+        query_norm=make.norm(Q) if Q else None,
+    )
