@@ -1,7 +1,11 @@
-"""Settings of the whole suite, made before JAX starts, and what is printed after it."""
+"""Settings of the whole suite, made before JAX starts, random numbers, and what is printed."""
 
 import os
+import secrets
+import zlib
 
+import numpy as np
+import pytest
 from hypothesis import Phase, settings
 
 # Half of a test is compiling. Without LLVM's optimisation that takes a third of the time; XLA's
@@ -16,6 +20,45 @@ settings.register_profile(
     "unison", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )
 settings.load_profile("unison")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="repeats the random numbers of a run of the tests")
+
+
+def pytest_configure(config):
+    """Draws the seed of this run, unless --seed or the process that xdist began gives it."""
+    given = getattr(config, "workerinput", {}).get("seed", config.getoption("--seed"))
+    config.seed = secrets.randbits(32) if given is None else given
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.seed
+
+
+def pytest_report_header(config):
+    return f"seed: {config.seed} (--seed={config.seed} draws the same random numbers)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.failed:
+        report.sections.append(("Random numbers", f"--seed={item.config.seed} draws them again"))
+    return report
+
+
+@pytest.fixture(scope="session")
+def seed(request) -> int:
+    """The seed of this run of the tests, new each time unless --seed gives it."""
+    return request.config.seed
+
+
+@pytest.fixture
+def rng(request, seed) -> np.random.Generator:
+    """Random numbers of one test, which do not depend on the tests before it."""
+    return np.random.default_rng((seed, zlib.crc32(request.node.nodeid.encode())))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -71,7 +71,7 @@ class PackedRows(grain.MapDataset[Batch]):
     The documents are joined, and the stream is cut into rows of `length`. With a seed every epoch
     joins them in a new order and begins to cut at a new place, going round at the end, so a
     document is cut elsewhere each time. Without one, every epoch is in order from the beginning.
-    The last row is filled up with padding, each cell of which is a piece of its own.
+    The last row is filled up with padding, each token of which is a piece of its own.
     """
 
     def __init__(self, corpus: TokenizedCorpus, length: int, seed: int | None = None):
@@ -86,7 +86,7 @@ class PackedRows(grain.MapDataset[Batch]):
         return -(-int(self._corpus.starts[-1]) // self._length)
 
     def _compute_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The order of documents, where each begins when so joined, and the first row's cell."""
+        """The order of documents, where each then begins, and where the first row does."""
         lengths = np.diff(self._corpus.starts)
         if self._seed is None:
             return np.arange(len(lengths)), self._corpus.starts, 0
@@ -101,17 +101,17 @@ class PackedRows(grain.MapDataset[Batch]):
         tokens, document_starts = self._corpus
         epoch, row = divmod(index, len(self))
         order, starts, offset = self._layout(epoch)
-        cells = np.arange(self._length)
-        joined = (offset + row * self._length + cells) % starts[-1]
+        columns = np.arange(self._length)
+        joined = (offset + row * self._length + columns) % starts[-1]
         piece = np.searchsorted(starts, joined, side="right") - 1
         in_document = joined - starts[piece]
         source = document_starts[order[piece]] + in_document
-        real = row * self._length + cells < starts[-1]
+        real = row * self._length + columns < starts[-1]
         return Batch(
             tokens=np.where(real, tokens[source], tokens[-1]),
             targets=np.where(real, tokens[source + 1], tokens[-1]),
             # A document that began in an earlier row counts from the beginning of this one.
-            positions=np.where(real, np.minimum(in_document, cells), 0).astype(np.int32),
+            positions=np.where(real, np.minimum(in_document, columns), 0).astype(np.int32),
             weights=real.astype(np.float32),
         )
 
@@ -188,4 +188,3 @@ def validation_batches(
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     batches = rows.batch(batch_size, batch_fn=pad)
     return [batches[index] for index in range(len(batches))]
-

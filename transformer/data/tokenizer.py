@@ -1,21 +1,22 @@
-"""Text to token ids and back, without loss: bytes, or byte-level BPE trained on a corpus.
+"""Text to token ids and back without loss, by bytes or by a byte-level BPE trained on a corpus.
 
 Both kinds are one `tokenizers` model: bytes are a BPE without merges. A token is a string of bytes,
-so every text has ids and joining the bytes of the ids gives the text back. One special token stands
-outside of the text: it ends a document and, as the first token of the next one, begins it.
+so every text has ids, and joining the bytes of the ids gives the text back. One special token
+stands outside of the text: it ends a document and begins the next one, whose first token it is.
 """
 
 import codecs
-import contextlib
 import hashlib
+import logging
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
+
+from transformer.files import write_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -39,6 +40,8 @@ _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _PRINTABLE = [ord(character) for character in _ALPHABET if ord(character) < 256]
 _BYTE_OF = dict(zip(_ALPHABET, _PRINTABLE + sorted(set(range(256)) - set(_PRINTABLE)), strict=True))
 
+_log = logging.getLogger(__name__)
+
 # Texts in one call of the library: it keeps about 100 bytes a token until the call is over.
 _TEXTS_PER_CALL = 64
 
@@ -61,7 +64,7 @@ class Tokenizer:
         """
         end = backend.token_to_id(END_OF_DOCUMENT)
         if end is None:
-            raise ValueError(f"the tokenizer has no token {END_OF_DOCUMENT}, which must end texts")
+            raise ValueError(f"the tokenizer has no token {END_OF_DOCUMENT}, which must end texts.")
         backend.encode_special_tokens = True  # The name of a special token in a text is only text.
         self._backend = backend
         self.vocab_size = backend.get_vocab_size()
@@ -76,7 +79,7 @@ class Tokenizer:
             except KeyError:
                 raise ValueError(
                     f"token {id_}, {token!r}, is not spelled in the byte-level alphabet; "
-                    "only byte-level tokenizers are supported"
+                    "only byte-level tokenizers are supported."
                 ) from None
         self.byte_lengths = np.array([len(token) for token in self._token_bytes], np.int32)
 
@@ -108,7 +111,7 @@ class Tokenizer:
             ValueError: the id is outside of 0..V-1.
         """
         if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token id {token} is outside of 0..{self.vocab_size - 1}")
+            raise ValueError(f"token id {token} is outside of 0..{self.vocab_size - 1}.")
         return self._token_bytes[token]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -119,9 +122,7 @@ class Tokenizer:
         """Writes `tokenizer.json`, which the library `tokenizers` reads too, in one atomic step."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        unfinished = directory / f".{FILE_NAME}.{secrets.token_hex(8)}"
-        unfinished.write_text(self._backend.to_str(), encoding="utf-8")
-        os.replace(unfinished, directory / FILE_NAME)
+        write_text(directory / FILE_NAME, self._backend.to_str())
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Tokenizer":
@@ -181,7 +182,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < 257:
         raise ValueError(
-            f"vocab_size is {vocab_size}; it must be at least 257: 256 bytes and {END_OF_DOCUMENT}"
+            f"vocab_size={vocab_size}; it must be at least 257: 256 bytes and {END_OF_DOCUMENT}."
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -201,21 +202,28 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def cached_bpe(
     texts: Sequence[str], vocab_size: int, cache_directory: str | os.PathLike
 ) -> Tokenizer:
-    """`train_bpe`, or what it gave before for the same texts, size and pattern.
+    """Returns what `train_bpe` gives, and trains only where it has not been given before.
 
-    Each tokenizer has its own folder under `cache_directory`, named by its size and a
-    hash of the pattern and the texts.
+    Each tokenizer has its own folder under `cache_directory`, named by its size and a hash of the
+    pattern and the texts. Where the folder cannot be written, a warning is logged.
     """
     digest = hashlib.sha256(PATTERN.encode())
     for text in texts:
         content = text.encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     directory = Path(cache_directory) / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}"
-    if (directory / FILE_NAME).exists():
-        with contextlib.suppress(ValueError):  # a damaged one is made anew
-            return Tokenizer.load(directory)
-    tokenizer = train_bpe(texts, vocab_size)
-    tokenizer.save(directory)
+    try:
+        return Tokenizer.load(directory)
+    except (OSError, ValueError):  # it is not there, or damaged, or may not be read
+        tokenizer = train_bpe(texts, vocab_size)
+    try:
+        tokenizer.save(directory)
+    except OSError as error:
+        _log.warning(
+            "the tokenizer is not kept for the next run: %s cannot be written (%s)",
+            directory,
+            error.strerror,
+        )
     return tokenizer
 
 
@@ -230,5 +238,5 @@ def require_utf8(text: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"the text has half of a surrogate pair, {text[error.start]!a}, at character "
-            f"{error.start}, so it cannot be written as UTF-8; give whole Unicode characters"
+            f"{error.start}, so it cannot be written as UTF-8; give whole Unicode characters."
         ) from None

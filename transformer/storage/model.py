@@ -11,10 +11,10 @@ import jax
 
 from transformer.config import Config
 from transformer.data.tokenizer import Tokenizer
+from transformer.files import write_json
 from transformer.program.init import init_params
 from transformer.program.params import Params
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints
-from transformer.storage.files import write_json
 
 CONFIG_FILE = "config.json"
 

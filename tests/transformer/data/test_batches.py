@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer.data.batches import Batch, PackedRows, tokenize, train_batches, validation_batches
-from transformer.data.corpus import Document
+from transformer.data.documents import Document
 from transformer.data.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -187,7 +187,7 @@ def test_resumes_exactly_in_a_fresh_process_through_orbax(tmp_path):
     program = """
 import itertools, json, sys
 import grain, orbax.checkpoint as ocp
-from transformer.data.corpus import Document
+from transformer.data.documents import Document
 from transformer.data.batches import train_batches
 from transformer.data.tokenizer import byte_tokenizer
 documents = [Document(*document) for document in json.loads(sys.argv[1])]
@@ -211,20 +211,22 @@ print(json.dumps([[a.tolist() for a in batch] for batch in itertools.islice(iter
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"length": 0}, "length is 0; it must be at least 1"),
-        ({"seed": -1}, "seed is -1; it must lie in 0"),
-        ({"seed": 2**32}, "seed is 4294967296; it must lie in 0"),
-        ({"shard_count": 0}, "shard_count is 0; it must be at least 1"),
-        ({"shard_index": 2, "shard_count": 2}, "shard_index is 2; with shard_count 2 .* 0..1"),
+        ({"batch_size": 0}, "batch_size=0; it must be at least 1"),
+        ({"batch_size": 1.5}, "batch_size=1.5 is of type float; it must be a whole number"),
+        ({"length": 0}, "length=0; it must be at least 1"),
+        ({"seed": -1}, "seed=-1; it must be at least 0"),
+        ({"seed": "7"}, "seed='7' is of type str; it must be a whole number"),
+        ({"seed": 2**32}, r"seed=4294967296; it must be between 0 and 2\*\*32 - 1"),
+        ({"shard_count": 0}, "shard_count=0; it must be at least 1"),
+        ({"shard_index": 2, "shard_count": 2}, "shard_index=2; with shard_count=2 .* 0 and 1"),
         ({"documents": []}, "no documents"),
     ],
 )
 def test_wrong_arguments_get_clear_errors(wrong, message):
     good = {"documents": numbered(9), "batch_size": 2, "length": 4, "seed": 0}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         train_batches(tokenizer=BYTES, **(good | wrong))
     if "batch_size" in wrong or "length" in wrong or "documents" in wrong:
         del good["seed"]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             validation_batches(tokenizer=BYTES, **(good | wrong))

@@ -1,54 +1,88 @@
-"""Reading a corpus and splitting it by document."""
+"""Reading a corpus."""
+
+import logging
 
 import pytest
 
-from transformer.data.corpus import Document, read_corpus, split
-
-TWO = [Document("a", "abc"), Document("b", "def")]
+from transformer.data.corpus import read_corpus
 
 
-@pytest.fixture(scope="module")
-def standard_library():
-    return read_corpus()
-
-
-def test_default_corpus_is_the_standard_library_without_tests(standard_library):
-    names = [document.name for document in standard_library]
+def test_default_corpus_is_the_standard_library_without_tests(caplog):
+    with caplog.at_level(logging.INFO):
+        corpus = read_corpus()
+    assert not caplog.records
+    names = [document.name for document in corpus]
     assert names == sorted(set(names))
     assert {"json/decoder.py", "argparse.py", "asyncio/tasks.py"} <= set(names)
     folders = {part for name in names for part in name.split("/")[:-1]}
     assert not folders & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-    assert sum(len(document.text) for document in standard_library) > 5e6
-    assert all(document.text for document in standard_library)
-
-
-def test_split_is_by_name_alone(standard_library):
-    train, validation = split(standard_library, 0.1)
-    assert sorted(train + validation) == standard_library
-    # Binomial: 0.1 of about 700 has a standard deviation of 0.011, and the names are fixed.
-    assert 0.05 < len(validation) / len(standard_library) < 0.15
-    fewer_train, fewer_validation = split(standard_library[::2], 0.1)
-    assert set(fewer_train) <= set(train)
-    assert set(fewer_validation) <= set(validation)
+    assert sum(len(document.text) for document in corpus) > 5e6
+    assert all(document.text for document in corpus)
 
 
 def test_read_corpus_of_files(tmp_path):
     (tmp_path / "b" / "deep").mkdir(parents=True)
     (tmp_path / "b" / "deep" / "x.txt").write_bytes("naïve\r\n".encode())
-    (tmp_path / "b" / "empty.txt").write_bytes(b"")
     (tmp_path / "a.txt").write_text("A")
     (tmp_path / "a.md").write_text("not asked for")
     assert read_corpus(f"{tmp_path}/**/*.txt") == [("a.txt", "A"), ("b/deep/x.txt", "naïve\r\n")]
-    assert read_corpus(f"{tmp_path}/a.txt") == [("a.txt", "A")]
 
 
-def test_read_corpus_names_do_not_depend_on_where_it_is_read_from(tmp_path, monkeypatch):
+def test_names_do_not_depend_on_where_it_is_read_from(tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "x.txt").write_text("X")
+    for name in "xy":
+        (tmp_path / "texts" / f"{name}.txt").write_text(name)
     monkeypatch.chdir(tmp_path)
-    assert read_corpus("texts/*.txt") == read_corpus(f"{tmp_path}/texts/*.txt")
+    expected = [("x.txt", "x"), ("y.txt", "y")]
+    assert read_corpus("texts/*.txt") == read_corpus(f"{tmp_path}/texts/*.txt") == expected
     monkeypatch.chdir(tmp_path / "texts")
-    assert read_corpus("*.txt") == read_corpus("./x.txt") == read_corpus("../texts/*.txt")
+    assert read_corpus("*.txt") == read_corpus("../texts/*.txt") == expected
+
+
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "d.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert [name for name, _ in read_corpus(f"{tmp_path}/**/*.txt")] == ["a.txt", "b.txt", "c.txt"]
+    [record] = caplog.records
+    for part in (
+        "1 link to a folder that is read already",
+        "1 path to a file that is read under another name",
+        "1 file without text",
+    ):
+        assert part in record.getMessage()
+
+
+def test_a_single_file_is_cut_and_that_is_said(tmp_path, caplog):
+    text = "a line of text\n" * 1000
+    (tmp_path / "book.txt").write_text(text)
+    with caplog.at_level(logging.INFO):
+        corpus = read_corpus(f"{tmp_path}/book.txt")
+    assert "".join(document.text for document in sorted(corpus, key=piece_number)) == text
+    assert {name.partition(":")[0] for name, _ in corpus} == {"book.txt"}
+    [record] = caplog.records
+    assert f"one document of 15,000 characters, which is cut into {len(corpus)} pieces" in (
+        record.getMessage()
+    )
+
+
+def piece_number(document):
+    return int(document.name.partition(":")[2])
+
+
+def test_a_separator_and_a_length_cut_documents(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    (tmp_path / "b.txt").write_text("four")
+    path = f"{tmp_path}/*.txt"
+    with caplog.at_level(logging.INFO):
+        separated = read_corpus(path, separator="\n\n")
+        assert [text for _, text in separated] == ["one", "two", "three", "four"]
+        both = read_corpus(path, separator="\n\n", document_length=3)
+        assert [text for _, text in both] == ["one", "two", "thr", "ee", "fou", "r"]
+        assert len(read_corpus(path)) == 2
+    assert not caplog.records
 
 
 def test_unreadable_corpora_get_clear_errors(tmp_path):
@@ -57,16 +91,13 @@ def test_unreadable_corpora_get_clear_errors(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"corpus is empty: no file of .*\*\.txt"):
         read_corpus(f"{tmp_path}/*.txt")
+    (tmp_path / "some.txt").write_text("some")
+    with pytest.raises(ValueError, match=r"separator='\\\\n' stands in no file .* as \$'\\n'"):
+        read_corpus(f"{tmp_path}/*.txt", separator="\\n")
+    with pytest.raises(ValueError, match="separator=''; it must be a text"):
+        read_corpus(f"{tmp_path}/*.txt", separator="")
+    with pytest.raises(ValueError, match="document_length=0; it must be at least 1"):
+        read_corpus(f"{tmp_path}/*.txt", document_length=0)
     (tmp_path / "latin.txt").write_bytes(b"ab " + "é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: byte 3 is 0xe9"):
         read_corpus(f"{tmp_path}/*.txt")
-
-
-def test_impossible_splits_get_clear_errors():
-    for fraction in (0, 1, -0.5, float("nan")):
-        with pytest.raises(ValueError, match=r"validation_fraction is .* between 0 and 1"):
-            split(TWO, fraction)
-    with pytest.raises(ValueError, match="no document is left for validation: 1 documents"):
-        split(TWO[:1], 1e-9)
-    with pytest.raises(ValueError, match="no document is left for training: 1 documents"):
-        split(TWO[:1], 1 - 1e-9)

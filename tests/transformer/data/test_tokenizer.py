@@ -161,14 +161,23 @@ def test_killed_training_leaves_no_file_that_is_taken_for_a_tokenizer(tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer_module.os, "replace", kill)
+        patch.setattr("os.replace", kill)
         with pytest.raises(Killed):
             cached_bpe(CORPUS, 280, tmp_path)
     assert cached_bpe(CORPUS, 280, tmp_path).vocab_size == 280
 
 
+def test_a_cache_that_cannot_be_written_costs_only_the_time(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert cached_bpe(CORPUS, 280, tmp_path / "file" / "unison").vocab_size == 280
+    [record] = caplog.records
+    assert "the tokenizer is not kept for the next run" in record.getMessage()
+    assert f"{tmp_path}/file/unison/bpe-280-" in record.getMessage()
+    assert "Not a directory" in record.getMessage()
+
+
 def test_wrong_use_gets_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size is 256; it must be at least 257"):
+    with pytest.raises(ValueError, match="vocab_size=256; it must be at least 257"):
         train_bpe(CORPUS, 256)
     for id_ in (-1, 257):
         with pytest.raises(ValueError, match=rf"token id {id_} is outside of 0\.\.256"):
