@@ -12,7 +12,6 @@ leaves the steps before it as they were.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -21,21 +20,35 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
+from transformer.storage import arrays
+from transformer.storage.arrays import Damaged
+
 FOLDER = "checkpoints"
+SPARE_BYTES = 2**20  # what a checkpoint may take besides its arrays
+_RECORD = "metadata"  # the item, and the file in it, that says what else there is
 
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(Exception):
     """A checkpoint that could not be written, or none that can be read."""
+
+
+class LayoutError(CheckpointError):
+    """A good checkpoint that holds other arrays than those asked for.
+
+    item: the name of the tree of arrays. metadata: as given to `save`.
+    """
+
+    def __init__(self, message: str, item: str, metadata: dict):
+        super().__init__(message)
+        self.item, self.metadata = item, metadata
 
 
 class Restored(NamedTuple):
@@ -69,32 +82,32 @@ class Checkpoints:
         """
         self.path = Path(directory).absolute() / FOLDER
         self._keep_last, self._keep_best = keep_last, keep_best
-        with _without_warnings_of_reading():
-            self._manager = ocp.CheckpointManager(
-                self.path,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self,
-                    create=not read_only,
-                    cleanup_tmp_directories=not read_only,
-                    read_only=read_only,
-                    lightweight_initialize=True,
-                ),
-            )
+        self._manager = None if read_only else self._make_manager()
         self._losses: dict[int, float] = {}
         for step in self.steps:
             try:
-                loss = self._metadata(step)["validation_loss"]
-            except _Damaged:
+                loss = self._record(step)["validation_loss"]
+            except Damaged:
                 continue
             if loss is not None:
                 self._losses[step] = loss
+
+    def _make_manager(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+        )
+        return ocp.CheckpointManager(self.path, options=options)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -141,7 +154,7 @@ class Checkpoints:
                 "metadata": dict(metadata),
                 "validation_loss": validation_loss,
                 "items": {
-                    name: {"layout": _layout(tree), "checksum": _checksum(tree)}
+                    name: {"layout": arrays.layout(tree), "checksum": arrays.checksum(tree)}
                     for name, tree in items.items()
                 },
             }
@@ -149,11 +162,11 @@ class Checkpoints:
         record = {"content": content, "checksum": zlib.crc32(content.encode())}
         if validation_loss is not None:
             self._losses[step] = validation_loss
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        arguments = ocp.args.Composite(metadata=ocp.args.JsonSave(record), **arrays)
+        parts = {name: ocp.args.StandardSave(arrays.flat(tree)) for name, tree in items.items()}
+        parts[_RECORD] = ocp.args.JsonSave(record)
         with self._explained():
             self._require_space(items)
-            self._manager.save(step, args=arguments)
+            self._manager.save(step, args=ocp.args.Composite(**parts))
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -167,10 +180,10 @@ class Checkpoints:
     def restore(
         self, wanted: Callable[[set[str]], Mapping[str, Any]], steps: Iterable[int]
     ) -> Restored:
-        """The first of some checkpoints that is good; says so where one is not.
+        """Reads the first of some checkpoints that is good; a warning tells of those that are not.
 
-        Every array is compared with the checksum taken when it was saved, so a bit that turned
-        on the disk is found too.
+        Every tree of arrays is compared with the checksum taken when it was saved, so a bit that
+        turned on the disk is found too.
 
         Args:
           wanted: from the names of a checkpoint's items to those to read, each a tree of
@@ -178,16 +191,16 @@ class Checkpoints:
           steps: where to look, in order.
 
         Raises:
-          CheckpointError: none is good, or one has other arrays than those wanted.
+          LayoutError: the first good one has other arrays than those wanted.
+          CheckpointError: none is good.
         """
         steps = list(steps)
-        for step, following in zip_longest(steps, steps[1:]):
+        for step in steps:
             try:
                 return self._read(step, wanted)
-            except _Damaged as error:
-                instead = "none is left" if following is None else f"trying step {following}"
+            except Damaged as error:
                 _log.warning(
-                    "checkpoint %s is damaged (%s); %s", self.path / str(step), error, instead
+                    "checkpoint %s is damaged and left out (%s)", self.path / str(step), error
                 )
         found = f"all of {', '.join(map(str, steps))} are damaged" if steps else "there is none"
         raise CheckpointError(f"no good checkpoint in {self.path}: {found}.")
@@ -200,40 +213,35 @@ class Checkpoints:
                 self._losses.pop(later, None)
 
     def _read(self, step, wanted):
-        record = self._metadata(step)
-        saved = record["items"]
+        folder, record = self.path / str(step), self._record(step)
+        saved, metadata = record["items"], record["metadata"]
         targets = wanted(set(saved))
         for name, tree in targets.items():
-            if name not in saved or saved[name]["layout"] != _layout(tree):
-                raise CheckpointError(
-                    f"{self.path / str(step)} is whole, and its {name} is "
-                    f"{'laid out otherwise' if name in saved else 'missing'}: it was saved with "
-                    "other settings of the model, the optimizer or the moving average."
-                )
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        # Orbax and TensorStore report damage with exceptions of a dozen types.
-        try:
-            items = dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
-        except Exception as error:
-            raise _Damaged(_reason(error)) from error
-        for name, tree in items.items():
-            if _checksum(tree) != saved[name]["checksum"]:
-                raise _Damaged(f"{name} is not what was saved")
-        return Restored(step, items, record["metadata"])
+            if name not in saved or saved[name]["layout"] != arrays.layout(tree):
+                differs = "holds other arrays" if name in saved else "is missing"
+                raise LayoutError(f"{folder} is whole, but its {name} {differs}.", name, metadata)
+        items = {}
+        for name, tree in targets.items():
+            try:
+                items[name] = arrays.read(folder / name, tree, saved[name]["checksum"])
+            except Damaged as error:
+                raise Damaged(f"{name}: {error}") from error
+        return Restored(step, items, metadata)
 
-    def _metadata(self, step):
-        arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    def _record(self, step):
+        """What is known about a checkpoint besides its arrays."""
         try:
-            record = self._manager.restore(step, args=arguments).metadata
-            if zlib.crc32(record["content"].encode()) != record["checksum"]:
-                raise ValueError("its metadata is not what was saved")
-            return json.loads(record["content"])
-        except Exception as error:
-            raise _Damaged(_reason(error)) from error
+            record = json.loads((self.path / str(step) / _RECORD / _RECORD).read_bytes())
+            content = record["content"]
+            if zlib.crc32(content.encode()) == record["checksum"]:
+                return json.loads(content)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Damaged(f"{_RECORD}: it cannot be read") from error
+        raise Damaged(f"{_RECORD}: it is not what was saved")
 
     def _require_space(self, items):
-        """Before anything is written: TensorStore on a full disk fills the terminal too."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        """Asks for space before anything is written: TensorStore would fill the terminal too."""
+        needed = SPARE_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise OSError(
@@ -250,48 +258,17 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             whole = ", ".join(str(step) for step in self.steps) or "none"
             raise CheckpointError(
-                f"could not save to {self.path}: {_reason(error)}. "
-                f"Steps saved before are intact: {whole}."
+                f"could not save to {self.path}: {_reason(error)}; the steps saved before are "
+                f"intact: {whole}."
             ) from error
-
-
-@contextmanager
-def _without_warnings_of_reading():
-    """Orbax warns that a folder which it is told only to read will only be read."""
-    logger = logging.getLogger("absl")
-    other = lambda record: not re.search("read.only", record.getMessage())
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
-
-
-class _Damaged(Exception):
-    """A checkpoint that is not what was written."""
 
 
 def _reason(error):
     """A short form of an error: TensorStore's fill a screen and end with the system's code."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(code[1]) if code else getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"{getattr(error, 'strerror', None) or os.strerror(code)}; free some space there"
     if code:
-        return os.strerror(int(code[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    first_line = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first_line[:200]}"
-
-
-def _layout(tree) -> str:
-    """A digest of the paths, shapes and types of a tree of arrays."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    text = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves]
-    return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
-
-
-def _checksum(tree) -> int:
-    """The CRC-32 of the numbers of a tree of arrays."""
-    checksum = 0
-    for leaf in jax.tree.leaves(tree):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
-    return checksum
+        return os.strerror(code)
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

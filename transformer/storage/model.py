@@ -14,11 +14,12 @@ from transformer.data.tokenizer import Tokenizer
 from transformer.files import write_json
 from transformer.program.init import init_params
 from transformer.program.params import Params
-from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints
+from transformer.storage.checkpoint import CheckpointError, Checkpoints, LayoutError
 
 CONFIG_FILE = "config.json"
 
-# Fields of `Config` that change how a function is computed, and neither it nor its parameters.
+# Fields of `Config` that change how the function is computed, but neither what it is nor its
+# parameters.
 _COMPUTATION = {"remat", "dtype"}
 
 
@@ -36,32 +37,36 @@ def save(model: Model, path: str | os.PathLike) -> None:
 
     Raises:
       FileExistsError: something is there already.
-      transformer.storage.checkpoint.CheckpointError: the disk is full.
+      OSError, transformer.storage.checkpoint.CheckpointError: it cannot be written; the directory
+        is as it was before.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
     made = not path.exists()
+    if not made and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
     try:
         with Checkpoints(path) as checkpoints:
             checkpoints.save(0, {"params": model.params}, {})
-    except CheckpointError:  # nothing is left in the way of the next try
-        shutil.rmtree(path if made else path / FOLDER, ignore_errors=True)
+        write_description(path, model.config, model.tokenizer)
+    except (OSError, CheckpointError):  # nothing is left in the way of the next try
+        shutil.rmtree(path, ignore_errors=True)
+        if not made:
+            path.mkdir()
         raise
-    write_description(path, model.config, model.tokenizer)
 
 
 def load(path: str | os.PathLike) -> Model:
     """Reads a model that `save` wrote, or that of a training run from its work directory.
 
-    Of a run's checkpoints it is the one with the lowest validation loss, or the newest where none
-    has been validated; where that one is damaged, the next best, and a warning says so. Where the
-    run keeps a moving average of the parameters, that is what is read.
+    Of the checkpoints of a run it reads the one with the lowest validation loss, or the newest
+    where none has been validated. Where that one is damaged, a warning says so, and it reads the
+    next best. Where the run keeps a moving average of the parameters, it reads that.
 
     Raises:
       FileNotFoundError: the directory is neither of the two.
       ValueError: its description does not describe a model.
-      transformer.storage.checkpoint.CheckpointError: no checkpoint in it can be read.
+      transformer.storage.checkpoint.CheckpointError: no checkpoint in it can be read, or another
+        version wrote it, which laid the parameters out otherwise.
     """
     config = read_config(path)
     tokenizer = Tokenizer.load(path)
@@ -69,8 +74,15 @@ def load(path: str | os.PathLike) -> Model:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
     averaged_first = lambda names: {"ema" if "ema" in names else "params": target}
-    with Checkpoints(path, read_only=True) as checkpoints:
+    checkpoints = Checkpoints(path, read_only=True)
+    try:
         items = checkpoints.restore(averaged_first, checkpoints.best_first).items
+    except LayoutError as error:
+        raise CheckpointError(
+            f"the parameters in {path} are not laid out as its {CONFIG_FILE} says: another version "
+            "of Unison wrote them, or the file was changed. Load them with that version, or make "
+            "them anew."
+        ) from error
     return Model(config, *items.values(), tokenizer)
 
 
@@ -104,14 +116,25 @@ def require_same_architecture(directory: str | os.PathLike, config: Config) -> N
     Raises:
       ValueError: names the fields that differ.
     """
-    there, here = read_config(directory).to_dict(), config.to_dict()
+    there, here = (_meaning(each) for each in (read_config(directory), config))
     differing = [
         f"{name} is {there[name]} there and {here[name]} here"
         for name in here
-        if name not in _COMPUTATION and there[name] != here[name]
+        if there[name] != here[name]
     ]
     if differing:
         raise ValueError(
             f"{directory} holds a model of another architecture: {'; '.join(differing)}. "
             "Use another work directory, or the config that this one was begun with."
         )
+
+
+def _meaning(config):
+    """The fields that say what a model is; a size that follows from others is that size."""
+    sizes = {
+        "num_kv_heads": config.shape.K,
+        "head_size": config.shape.H,
+        "feed_forward_width": config.shape.F,
+    }
+    fields = config.to_dict() | sizes
+    return {name: value for name, value in fields.items() if name not in _COMPUTATION}
