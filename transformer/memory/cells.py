@@ -77,7 +77,8 @@ class Cells(Memory):
         return jax.vmap(row)(written, i, places, queries)
 
     def _read(self, i, query, block, shared):
-        visible = jnp.arange(len(_leaf(block)), dtype=jnp.int32) <= i
+        # Padding looks at cell 0, and what it reads is dropped: a read of nothing may make a nan.
+        visible = jnp.arange(len(_leaf(block)), dtype=jnp.int32) <= jnp.maximum(i, 0)
         return where(i >= 0, self.read(query, block, visible, shared), 0)
 
 
@@ -133,7 +134,8 @@ class Window(Memory):
         return self.rows(block, i, cells, queries, shared)
 
     def _visible(self, i):
-        return i - jnp.arange(self.size - 1, -1, -1, dtype=jnp.int32) >= 0
+        places = jnp.arange(self.size - 1, -1, -1, dtype=jnp.int32)
+        return jnp.maximum(i, 0) - places >= 0  # padding sees its own cell, as in Cells
 
 
 def where_tokens(i, z):

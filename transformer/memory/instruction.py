@@ -63,13 +63,17 @@ def write_read(memory, operands: Operands, packed: int | None):
     results = _bind(write_read_p, memory, operands, packed)
     arrays = jax.tree.structure(operands.arrays)
     blocks, z = results[: arrays.num_leaves], results[arrays.num_leaves :]
-    return jax.tree.unflatten(arrays, blocks), jax.tree.unflatten(z_tree, z)
+    return jax.tree.unflatten(arrays, blocks), _of_one_token(z_tree, z)
 
 
 def read(memory, operands: Operands, packed: int | None):
     """Reading again, for one token, a block that it has written: -> z."""
     z_tree = _step_structure(memory, operands, operands.arrays[1])
-    return jax.tree.unflatten(z_tree, _bind(read_p, memory, operands, packed))
+    return _of_one_token(z_tree, _bind(read_p, memory, operands, packed))
+
+
+def _of_one_token(tree, leaves):
+    return jax.tree.unflatten(tree, [x[0, 0] for x in leaves])
 
 
 def _step_structure(memory, operands, arrays):

@@ -111,7 +111,7 @@ class Memory:
             before = block
             if fresh is not None:
                 before = where(i == 0, fresh, block)
-            after, z = self.step(before, i, cell, query, shared)
+            after, z = self.step(before, jnp.maximum(i, 0), cell, query, shared)
             after = jax.tree.map(lambda x, like: x.astype(like.dtype), after, block)
             return where(i >= 0, after, block), where(i >= 0, z, 0)
 

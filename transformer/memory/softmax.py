@@ -50,13 +50,17 @@ class Softmax(Memory):
 
     def step(self, block, i, cell, query, shared):
         """Writes k and v at i, and reads by the formula, which kernels are held to."""
-        size = block[0].shape[1]
+        K, size, H = block[0].shape
+        if query.ndim != 2 or query.shape[1] != H or query.shape[0] % K:
+            raise ValueError(
+                f"a query of Softmax is [N, H={H}] with N a multiple of K={K}, as its cells are "
+                f"k [K, H] and v [K, Hv]; this one has the shape {list(query.shape)}."
+            )
         slot = i % size
         write = lambda x, new: x.at[:, slot].set(jnp.where(i >= 0, new.astype(x.dtype), x[:, slot]))
         keys, values = map(write, block, cell)
         # The position that each cell holds: the newest up to i that falls on it.
         positions = i - (i - jnp.arange(size, dtype=jnp.int32)) % size
-        K = keys.shape[0]
         dtype = jnp.promote_types(query.dtype, jnp.float32)
         q = query.astype(dtype).reshape(K, -1, query.shape[-1])
         scores = jnp.einsum("kgh,ksh->kgs", q, keys.astype(dtype), precision="highest")
