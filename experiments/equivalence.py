@@ -30,7 +30,7 @@ def _model():
     import jax
 
     from transformer.presets import presets
-    from transformer.program.program import init_params
+    from transformer.program.init import init_params
     from transformer.storage.model import load
 
     if _WORKDIR.value is not None:
@@ -49,8 +49,9 @@ def main(argv):
     del argv
     import numpy as np
 
-    from experiments.suites.equivalence import compare, times
+    from experiments.suites.equivalence import times
     from kernels.backends.choice import check_backend
+    from transformer.modes.compare import compare
     from transformer.storage.checkpoint import CheckpointError
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
@@ -69,34 +70,34 @@ def main(argv):
         rows = compare(config, params, tokens[:length], _ATTENTION.value)
         short = times(config, params, tokens[:length], _ATTENTION.value)
         long = times(config, params, tokens, _ATTENTION.value)
-    rows = [
-        dataclasses.replace(
-            row,
-            microseconds_per_token=short[row.way] / length * 1e6,
-            growth=long[row.way] / short[row.way],
-        )
+    timed = [
+        {
+            **dataclasses.asdict(row),
+            "microseconds_per_token": short[row.way] / length * 1e6,
+            "growth": long[row.way] / short[row.way],
+        }
         for row in rows
     ]
     if _JSON.value:
-        for row in rows:
-            print(json.dumps(dataclasses.asdict(row)))
+        for row in timed:
+            print(json.dumps(row))
     else:
-        print_table(rows, length)
+        print_table(timed, length)
 
 
 def print_table(rows, length) -> None:
-    """Prints the rows of `compare` as a table for people."""
+    """Prints the rows of `compare`, with their times, as a table for people."""
     cli.print_table(
         f"{length} tokens: largest differences from the parallel mode",
         ("way", "logits", "equal bits", "gradients", "us / token", "T -> 2T"),
         [
             (
-                row.way,
-                f"{row.logit_difference:.1e}",
-                f"{row.equal_bits:.1%}",
-                "-" if row.gradient_difference is None else f"{row.gradient_difference:.1e}",
-                f"{row.microseconds_per_token:,.0f}",
-                f"x {row.growth:.1f}",
+                row["way"],
+                f"{row['logit_difference']:.1e}",
+                f"{row['equal_bits']:.1%}",
+                "-" if row["gradient_difference"] is None else f"{row['gradient_difference']:.1e}",
+                f"{row['microseconds_per_token']:,.0f}",
+                f"x {row['growth']:.1f}",
             )
             for row in rows
         ],

@@ -1,116 +1,12 @@
-"""The ways to run the same tokens, compared with the parallel mode."""
+"""How long the ways to run the same tokens take."""
 
 import statistics
-from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.suites.timing import timed
-from transformer.modes.schedule import recompute, run
-from transformer.program.program import init_cache, program
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to run the tokens, compared with the parallel mode.
-
-    logit_difference: largest difference of a logit, as a share of the largest logit.
-    equal_bits: share of the logits that are equal to the bit.
-    gradient_difference: the same for the loss's gradient, of each parameter array as a share of
-      that array's largest, and of them the worst. A tenth of the largest gradient of all arrays is
-      the least to be a share of: a sum that cancels, as for the bias of keys, has only the rounding
-      of its terms. None where the way is not differentiated.
-    microseconds_per_token: median of repeated runs after a first one.
-    growth: time for 2T tokens over time for T.
-    """
-
-    way: str
-    logit_difference: float
-    equal_bits: float
-    gradient_difference: float | None
-    microseconds_per_token: float | None = None
-    growth: float | None = None
-
-
-def ways(config, attention="auto"):
-    """The ways to run tokens [T]: name -> function (params, tokens) -> logits [T, V]."""
-    f = program(config, attention=attention)
-
-    def one(chunk=None, spare=0, mode=run):
-        def way(params, tokens):
-            cache = init_cache(config, len(tokens) + spare)
-            options = {} if mode is recompute else {"chunk": chunk}
-            return mode(f, params, cache, tokens, **options)[1]
-
-        return way
-
-    def batched(params, tokens):
-        others = [jnp.roll(tokens, n) for n in (1, 2)]
-        return jax.vmap(one(), in_axes=(None, 0))(params, jnp.stack([tokens, *others]))[0]
-
-    return {
-        "parallel": one(),
-        "sequential": one(chunk=1),
-        "chunks of 16": one(chunk=16),
-        "chunks of 64": one(chunk=64),
-        "batched": batched,
-        "larger capacity": one(spare=300),
-        "recompute": one(mode=recompute),
-    }
-
-
-def compare(config, params, tokens, attention="auto", names=None) -> list[Row]:
-    """Runs the tokens in several ways and compares logits and gradients with the parallel mode.
-
-    Args:
-      config, params: the model.
-      tokens: [T] int.
-      attention: backend of `kernels.attention`.
-      names: which of the `ways`, "parallel" first; None: all.
-
-    Returns:
-      One row per way, without times.
-    """
-
-    def loss(params, tokens, way):
-        logits = way(params, tokens)
-        logprobs = jax.nn.log_softmax(logits[:-1])
-        return -jnp.take_along_axis(logprobs, tokens[1:, None], axis=1).mean(), logits
-
-    rows = []
-    every = ways(config, attention)
-    for name in every if names is None else names:
-        way, gradient = every[name], None
-        if name == "recompute":
-            logits = jax.jit(way)(params, tokens)
-        else:
-            differentiate = jax.jit(jax.grad(lambda p, t, way=way: loss(p, t, way), has_aux=True))
-            gradient, logits = differentiate(params, tokens)
-            gradient = [np.asarray(g) for g in jax.tree.leaves(gradient)]
-        logits = np.asarray(logits)
-        if name == "parallel":
-            expected, expected_gradient = logits, gradient
-        rows.append(
-            Row(
-                name,
-                logit_difference=_difference([logits], [expected]),
-                equal_bits=float((logits == expected).mean()),
-                gradient_difference=gradient and _difference(gradient, expected_gradient),
-            )
-        )
-    return rows
-
-
-def _difference(arrays, expected):
-    scales = [float(np.abs(x).max()) for x in expected]
-    least = max(scales) / 10
-    return max(
-        float(np.abs(x - y).max()) / max(scale, least)
-        for x, y, scale in zip(arrays, expected, scales, strict=True)
-    )
+from transformer.modes.compare import ways
 
 
 def times(config, params, tokens, attention="auto"):

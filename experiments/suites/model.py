@@ -17,7 +17,8 @@ from transformer.data.tokenizer import byte_tokenizer
 from transformer.inference.generate import capacity_for
 from transformer.inference.generate import generate as complete
 from transformer.modes.schedule import run
-from transformer.program.program import init_cache, init_params, program
+from transformer.program.init import init_cache, init_params
+from transformer.program.program import program
 from transformer.storage.model import Model
 from transformer.training.flops import flops_per_token
 from transformer.training.optimizer import OptimizerConfig, make_optimizer
@@ -132,9 +133,8 @@ def _decode(config, case, batch, size, start, repeats, attention):
 
 def _step_bytes(config, params, batch, length):
     """The least that one decode step reads: parameters, and the cells of each sequence."""
-    cells = sum(min(length, window or length) for window in config.windows)
-    cell = 2 * config.num_kv_heads * config.head_size * config.compute_dtype.itemsize
-    return _bytes(params) + batch * cells * cell
+    cache = jax.eval_shape(lambda: init_cache(config, length))
+    return _bytes(params) + batch * _bytes(cache)
 
 
 def _params(config):

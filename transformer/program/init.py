@@ -40,7 +40,15 @@ class Maker:
     def norm(self, size):
         """A norm that changes no scale."""
         biased = self.config.norm == "layer" and self.config.biases == "all"
-        return Norm(jnp.ones(size, jnp.float32), self.zeros(size) if biased else None)
+        return Norm(self.ones(size), self.zeros(size) if biased else None)
+
+    def uniform(self, key, *shape, low, high):
+        """Numbers between low and high."""
+        return jax.random.uniform(key, shape, jnp.float32, low, high)
+
+    def ones(self, *shape):
+        """Ones."""
+        return jnp.ones(shape, jnp.float32)
 
     def zeros(self, *shape):
         """Zeros."""

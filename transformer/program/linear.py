@@ -34,6 +34,11 @@ def norm(config, params: Norm | None, x):
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if config.norm == "layer":
         y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_epsilon)
-    y = y * params.scale
+    y = rms_norm(y, config.norm_epsilon) * params.scale
     return (y if params.bias is None else y + params.bias).astype(x.dtype)
+
+
+def rms_norm(x, epsilon):
+    """x over the root of its mean square, in the last axis; in float32 or wider."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)

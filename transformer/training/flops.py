@@ -12,9 +12,10 @@ from transformer.program.init import init_params
 def flops_per_token(config: Config, length: int) -> float:
     """FLOPs of forward and backward for one token of a sequence of `length`.
 
-    6 per parameter that multiplies the token, and 12 N H per layer and key (PaLM,
-    arXiv:2204.02311, appendix B). As there, a query counts all `length` keys, or its window,
-    causality aside; what remat computes again does not count. Of the experts those chosen count.
+    6 for each parameter that multiplies the token, and in each layer of attention 12 N H for each
+    key (PaLM, arXiv:2204.02311, appendix B). As there, a query counts all `length` keys, or its
+    window, causality aside; what remat computes again does not count, and of the experts those
+    chosen count. A layer of the delta rule counts four products with its state.
     """
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
@@ -24,8 +25,21 @@ def flops_per_token(config: Config, length: int) -> float:
     if config.num_experts:
         experts = [layer.feed_forward.replace(router=None) for layer in params.layers]
         multiplying -= count(experts) * (1 - config.experts_per_token / config.num_experts)
-    keys = sum(length if window is None else min(window, length) for window in config.windows)
-    return 6.0 * multiplying + 12.0 * config.num_heads * config.head_size * keys
+    reading = sum(_reading_flops(config, kind, window, length) for kind, window in config.layers)
+    return 6.0 * multiplying + reading
+
+
+def _reading_flops(config, kind, window, length):
+    """FLOPs of forward and backward in one layer's instruction, for one token."""
+    H, N = config.shape.H, config.num_heads
+    keys = length if window is None else min(window, length)
+    if kind == "delta":
+        sizes = config.delta_sizes
+        return 3 * 4 * 2 * sizes.num_value_heads * sizes.key_size * sizes.value_size
+    if kind == "latent":
+        key_size, value_size = H + config.latent.rotary_size, config.latent.value_size or H
+        return 6 * N * (key_size + value_size) * keys
+    return 12 * N * H * keys
 
 
 # Dense bfloat16 FLOP/s with float32 sums, from the makers' data sheets, by jax's device_kind; the
