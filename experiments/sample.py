@@ -19,15 +19,18 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "Text to go on from; repeat it for several prompts.", required=True
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of a sample, at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most likely token.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that hold this share.")
-_MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens this likely against the likeliest.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same samples.")
+# The fields of `transformer.inference.options.Options` that make sense on a command line.
+_OPTIONS = (
+    flags.DEFINE_integer("max_new_tokens", 128, "Tokens of a sample, at most."),
+    flags.DEFINE_float("temperature", 1.0, "0 takes the most likely token."),
+    flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens."),
+    flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that hold this share."),
+    flags.DEFINE_float("min_p", None, "Draw from tokens this likely against the likeliest."),
+    flags.DEFINE_integer("seed", 0, "The same seed draws the same samples."),
+    flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated."),
+    flags.DEFINE_string("attention", "auto", "Backend of `kernels.attention`."),
+)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
-_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
-_ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of `kernels.attention`.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per sample.")
 
 
@@ -44,14 +47,7 @@ def main(argv):
         pieces = stream(
             load(_WORKDIR.value),
             prompts,
-            max_new_tokens=_MAX_NEW_TOKENS.value,
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            seed=_SEED.value,
-            stop=_STOP.value,
-            attention=_ATTENTION.value,
+            **{flag.name: flag.value for flag in _OPTIONS},
         )
     show = _print_json if _JSON.value else _print_text
     try:
@@ -96,4 +92,4 @@ def _print_json(prompts, pieces):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

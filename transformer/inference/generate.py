@@ -5,7 +5,6 @@ power of two and the next: the lengths of the prompts, the number of new tokens 
 sampling are data.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -14,37 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from transformer.checks import whole_number
 from transformer.inference.completion import Completion, Piece, Writer
+from transformer.inference.options import Options, takes_options
 from transformer.inference.prompts import prompt_keys, prompt_tokens, stop_conditions
-from transformer.inference.sampling import Sampling, sample
+from transformer.inference.sampling import sample
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
 from transformer.program.experts import Experts
+from transformer.program.fit import check_params
 from transformer.program.init import init_cache
 from transformer.program.linear import Linear
 from transformer.program.params import Params
 from transformer.program.program import program
 
 PREFILL_CHUNK = 64  # prompt tokens that run at once
-BLOCK = 32  # new tokens at most between two looks at them
+MAX_STEPS = 32  # of generation in one call of compiled code
 MIN_CAPACITY = 512
 MIN_STOP_TOKENS = 8
 
 
-def generate(
-    model,
-    prompts: Sequence[str | Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int = 0,
-    stop: str | int | Sequence[str | int] = (),
-    numerics: str = "fast",
-    attention: str = "auto",
-) -> list[Completion]:
+@takes_options
+def generate(model, prompts: Sequence[str | Sequence[int]], **options) -> list[Completion]:
     """Completes prompts, as one batch in which each gets what it would get alone.
 
     The randomness of a completion comes from the seed, its prompt, and how often the same prompt
@@ -54,54 +44,27 @@ def generate(
     Args:
       model: config, params and tokenizer.
       prompts: each is a text, which begins a document, or token ids [T], taken as they are.
-      max_new_tokens: at least 1. The end of a document always stops a completion.
-      temperature, top_k, top_p, min_p: as in `Sampling.make`; temperature 0 takes the most likely
-        token. Ids that the tokenizer does not have are never drawn.
-      seed: 0 or more.
-      stop: texts and token ids that stop a completion where they first appear in it.
-      numerics, attention: as in `program`.
+      **options: the fields of `Options`, of which max_new_tokens must be given. Ids that the
+        tokenizer does not have are never drawn.
 
     Returns:
       One completion per prompt, in their order.
 
     Raises:
       ValueError: no prompts, an empty prompt, ids outside of the vocabulary, a prompt that with its
-        new tokens exceeds config.max_length, or a parameter outside of its range.
-      TypeError: prompts is not a sequence of texts and ids.
+        new tokens exceeds config.max_length, an option outside of its range, or parameters that do
+        not belong to the config.
+      TypeError: prompts is not a sequence of texts and ids, or an option has the wrong type.
       FloatingPointError: the model's logits are not finite.
     """
-    pieces = stream(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=stop,
-        numerics=numerics,
-        attention=attention,
-        every=BLOCK,
-    )
+    pieces = stream(model, prompts, every=MAX_STEPS, **options)
     completions = {piece.index: piece.completion for piece in pieces if piece.completion}
     return [completions[index] for index in range(len(prompts))]
 
 
+@takes_options
 def stream(
-    model,
-    prompts: Sequence[str | Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int = 0,
-    stop: str | int | Sequence[str | int] = (),
-    numerics: str = "fast",
-    attention: str = "auto",
-    every: int = 1,
+    model, prompts: Sequence[str | Sequence[int]], *, every: int = 1, **options
 ) -> Iterator[Piece]:
     """`generate`, piece by piece as the text comes.
 
@@ -109,22 +72,20 @@ def stream(
     the beginning of a stop text is held back until that is known.
 
     Args:
-      every: tokens that run between two looks at them, 1 to BLOCK; fewer come sooner, more run
-        faster. The others are as in `generate`, and so are the errors, raised before anything runs.
+      model, prompts, **options: as in `generate`, and so are the errors, raised before anything
+        runs.
+      every: how many tokens run between two pieces of a text, 1 to MAX_STEPS: text comes sooner
+        with fewer, and faster with more.
     """
+    options = Options(**options)
     config, tokenizer = model.config, model.tokenizer
-    f = program(config, numerics=numerics, attention=attention)
-    sampling = Sampling.make(temperature, top_k, top_p, min_p, tokenizer.vocab_size)
-    if operator.index(max_new_tokens) < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}; it is at least 1.")
-    if seed < 0:
-        raise ValueError(f"seed={seed}; it is 0 or more.")
-    if not 1 <= every <= BLOCK:
-        raise ValueError(f"every={every}; it is between 1 and {BLOCK}.")
-    rows = prompt_tokens(config, tokenizer, prompts, max_new_tokens)
-    stop_texts, stop_tokens = stop_conditions(config, tokenizer, stop)
-    keys = prompt_keys(rows, seed)
-    return _stream(f, model, rows, sampling, keys, stop_texts, stop_tokens, max_new_tokens, every)
+    check_params(config, model.params)
+    f = program(config, numerics=options.numerics, attention=options.attention)
+    if whole_number("every", every, least=1) > MAX_STEPS:
+        raise ValueError(f"every={every}; it must be between 1 and {MAX_STEPS}.")
+    rows = prompt_tokens(config, tokenizer, prompts, options.max_new_tokens)
+    stops = stop_conditions(config, tokenizer, options.stop)
+    return _stream(f, model, rows, stops, options, every)
 
 
 def capacity_for(num_tokens: int) -> int:
@@ -133,7 +94,11 @@ def capacity_for(num_tokens: int) -> int:
     return max(MIN_CAPACITY, capacity * 3 // 4 if num_tokens <= capacity * 3 // 4 else capacity)
 
 
-def _stream(f, model, rows, sampling, keys, stop_texts, stop_tokens, max_new_tokens, every):
+def _stream(f, model, rows, stops, options, every):
+    stop_texts, stop_tokens = stops
+    max_new_tokens = options.max_new_tokens
+    sampling = options.sampling(model.tokenizer.vocab_size)
+    keys = prompt_keys(rows, options.seed)
     params = model.params
     if model.config.compute_dtype != jnp.float32:
         params = _cast(model.config, params)
@@ -216,11 +181,11 @@ def _decode(f, params, state, running, sampling, stop_ids, steps):
       state: with a leading axis of rows.
       running: [B] bool. A row that does not run, or no longer, is padding.
       stop_ids: [M]; a row that draws one stops running.
-      steps: scalar, at most BLOCK. Fewer run where all rows have stopped.
+      steps: scalar, at most MAX_STEPS. Fewer run where all rows have stopped.
 
     Returns:
-      state; tokens [BLOCK, B] and their logprobs, of which the first `steps` were drawn. What a row
-      drew after it stopped has no meaning.
+      state; tokens [MAX_STEPS, B] and their logprobs, of which the first `steps` were drawn. What a
+      row drew after it stopped has no meaning.
     """
     rows = running.shape[0]
 
@@ -242,7 +207,7 @@ def _decode(f, params, state, running, sampling, stop_ids, steps):
         running &= (state.token[:, None] != stop_ids).all(1)
         return n + 1, state, running, tokens, logprobs
 
-    tokens = jnp.zeros((BLOCK, rows), jnp.int32), jnp.zeros((BLOCK, rows), jnp.float32)
+    tokens = jnp.zeros((MAX_STEPS, rows), jnp.int32), jnp.zeros((MAX_STEPS, rows), jnp.float32)
     _, state, _, *drawn = jax.lax.while_loop(
         unfinished, advance, (jnp.int32(0), state, running, *tokens)
     )

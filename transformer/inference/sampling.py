@@ -4,7 +4,6 @@ Temperature and filters are data, not constants of the compiled program: changin
 nothing. A filter that is off costs nothing, as long as `vmap` does not map its parameter.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from transformer.checks import whole_number
+
 NO_LIMIT = np.iinfo(np.int32).max
 GROUP = 256
-SMALLEST = np.finfo(np.float32).tiny
+SMALLEST, LARGEST = np.finfo(np.float32).tiny, float(np.finfo(np.float32).max)
 
 
 @struct.dataclass
@@ -42,37 +43,33 @@ class Sampling:
         min_p: float | None = None,
         vocab_size: int | None = None,
     ) -> "Sampling":
-        """Checks the parameters; None turns a filter off.
+        """Checks the parameters, which are as in `inference.options.Options`.
 
         Args:
-          temperature: 0 or more.
-          top_k: at least 1: only the k most likely tokens.
-          top_p: above 0, at most 1: only the most likely tokens that hold this much probability.
-          min_p: 0 to 1: only tokens at least this fraction as likely as the most likely one.
-          vocab_size: at least 1: only ids below it, where an embedding has rows that no token uses.
+          temperature, top_k, top_p, min_p: None turns a filter off.
+          vocab_size: at least 1: only ids below it are drawn, where an embedding has rows that no
+            token uses; None: all.
 
         Raises:
-          ValueError: a parameter outside of its range.
+          ValueError: a parameter is outside of its range.
+          TypeError: a parameter is not a number.
         """
-        top_k = NO_LIMIT if top_k is None else top_k
+        top_k = NO_LIMIT if top_k is None else whole_number("top_k", top_k, least=1)
+        vocab_size = NO_LIMIT if vocab_size is None else whole_number("vocab_size", vocab_size, 1)
         top_p = 1.0 if top_p is None else top_p
         min_p = 0.0 if min_p is None else min_p
-        vocab_size = NO_LIMIT if vocab_size is None else vocab_size
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        for name, value in (given | {"vocab_size": vocab_size}).items():
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
             if not hasattr(value, "__float__"):
-                raise ValueError(f"{name}={value!r}; it is a number.")
-        if not (math.isfinite(temperature) and temperature >= 0):
+                raise TypeError(f"{name}={value!r}; it must be a number.")
+        if not 0 <= temperature <= LARGEST:
             raise ValueError(
-                f"temperature={temperature}; it is 0 (the most likely token) or more, and finite."
+                f"temperature={temperature}; it must be 0 (the most likely token) or more, and at "
+                f"most {LARGEST:.1e}."
             )
-        for name, limit in (("top_k", top_k), ("vocab_size", vocab_size)):
-            if not 1 <= limit < math.inf or limit != int(limit):
-                raise ValueError(f"{name}={limit}; it is a whole number, at least 1, or None.")
         if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p}; it is above 0 and at most 1, or None.")
+            raise ValueError(f"top_p={top_p}; it must be above 0 and at most 1, or None.")
         if not 0 <= min_p <= 1:
-            raise ValueError(f"min_p={min_p}; it is between 0 and 1, or None.")
+            raise ValueError(f"min_p={min_p}; it must be between 0 and 1, or None.")
         return cls(
             np.float32(temperature),
             np.int32(min(top_k, NO_LIMIT)),

@@ -17,15 +17,14 @@ class LatentAttention:
     """The parameters, R the rank of the latent vector, P the numbers that carry the position.
 
     query_down [E, Q] and query_norm [Q], where queries have a latent vector of their own; query
-    [E or Q, N*(H+P)]; down [E, R+P]; down_norm [R]; key [R, N, H]; value [R, N, Hv]; output
-    [N*Hv, E].
+    [E or Q, N*(H+P)]; down [E, R+P]; down_norm [R]; key [R, N*H]; value [R, N*Hv]; output [N*Hv, E].
     """
 
     query: Linear
     down: Linear
     down_norm: Norm
-    key: jax.Array
-    value: jax.Array
+    key: Linear
+    value: Linear
     output: Linear
     query_down: Linear | None = None
     query_norm: Norm | None = None
@@ -34,7 +33,9 @@ class LatentAttention:
 def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
     """Where tokens reach each other: x [E] -> (turn, z [N, Hv]); params are those of the layer."""
     cell, query = project(spec, params, x, turn.i)
-    return turn.write_read(memory(spec), cell, query, (params.mixer.key, params.mixer.value))
+    of_heads = lambda p: p.weight.reshape(len(p.weight), spec.config.num_heads, -1)
+    shared = of_heads(params.mixer.key), of_heads(params.mixer.value)
+    return turn.write_read(memory(spec), cell, query, shared)
 
 
 @segment
@@ -83,8 +84,8 @@ def init(spec, make, key):
         query=make.linear(query, Q or E, N * (H + P), biased=False),
         down=make.linear(down, E, R + P, biased=False),
         down_norm=make.norm(R),
-        key=make.matrix(key, R, N, H),
-        value=make.matrix(value, R, N, Hv),
+        key=make.linear(key, R, N * H, biased=False),
+        value=make.linear(value, R, N * Hv, biased=False),
         output=make.linear(output, N * Hv, E, last=True),
         query_down=make.linear(query_down, E, Q, biased=False) if Q else None,
         query_norm=make.norm(Q) if Q else None,
