@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from transformer.memory import instruction
-from transformer.memory.instruction import Operands, ProgramError
+from transformer.memory.instruction import Operands
 from transformer.memory.memory import Memory
+from transformer.memory.rules import ProgramError, Rule
 
 RULE = "A program calls write_read exactly once for each block, in order."
 
@@ -160,7 +161,9 @@ class Turn:
                 f"read of block {n}, and this token has written {self.next} of "
                 f"{len(self._cache._blocks)} blocks. A program reads again only what it has "
                 "written: an earlier token's cell of a later block is not there yet when all "
-                "tokens run at once."
+                "tokens run at once.",
+                Rule.WRITTEN,
+                n,
             )
         before, cell = self._written[n]
         after = self._cache._blocks[n]
@@ -209,7 +212,8 @@ class Turn:
             if turn.next != len(blocks):
                 raise ProgramError(
                     f"a repeat of the layers ended after {turn.next} of {len(blocks)} blocks: "
-                    f"write_read was not called for block {turn.next}. {RULE}"
+                    f"write_read was not called for block {turn.next}. {RULE}",
+                    block=turn.next,
                 )
             return (turn._cache._blocks, x), None
 
@@ -227,7 +231,8 @@ class Turn:
         if self.next != count:
             raise ProgramError(
                 f"the program ended after {self.next} of {count} blocks: write_read was not called "
-                f"for block {self.next}. {RULE}"
+                f"for block {self.next}. {RULE}",
+                block=self.next,
             )
         if self._layer is not None:
             raise ProgramError(
@@ -286,7 +291,8 @@ def check_turn_ended(before: Cache, after) -> None:
         if any(x is y for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)):
             raise ProgramError(
                 f"the program returned a cache in which block {n} is as it was: write_read was "
-                f"not called for it. {RULE}"
+                f"not called for it. {RULE}",
+                block=n,
             )
 
 

@@ -21,12 +21,9 @@ import numpy as np
 from kernels.blocks import Blocks
 from kernels.tracing import primitive
 from kernels.tracing.linear import linear_call
+from transformer.memory.rules import ProgramError, Rule
 
 POSITIONS = "positions"
-
-
-class ProgramError(Exception):
-    """A program that breaks the rules: of the cache, or of its only instruction."""
 
 
 class Operands(NamedTuple):
@@ -237,23 +234,27 @@ def _over_positions(which, size, flat, dims, *, tree, chunked, **params):
     if chunked:
         raise ProgramError(
             f'an axis "{POSITIONS}" is mapped inside of another one; the positions of a sequence '
-            "are one axis. Give axes of sequences another name, or none."
+            "are one axis. Give axes of sequences another name, or none.",
+            Rule.APART,
         )
     if any(jax.tree.leaves((of.arrays, of.layer))):
         raise ProgramError(
             "the block differs from position to position of one sequence: what its tokens share is "
             'the cache, so map it with None over "positions". A block that depends on the running '
-            "token would let tokens reach each other without a cell."
+            "token would let tokens reach each other without a cell.",
+            Rule.PRIVATE,
         )
     if any(jax.tree.leaves(of.shared)):
         raise ProgramError(
             "`shared` differs from token to token; it is what all tokens have in common. Put what "
-            "depends on the token into the query."
+            "depends on the token into the query.",
+            Rule.APART,
         )
     if not of.i:
         raise ProgramError(
             "all tokens of an axis of positions are at the same position i; map i too, or give "
-            'the axis another name than "positions", which makes it an axis of sequences.'
+            'the axis another name than "positions", which makes it an axis of sequences.',
+            Rule.OWN,
         )
 
     def fold(x, dim):
