@@ -1,17 +1,15 @@
 """Config: what does not fit together is refused, and what is derived is right."""
 
 import json
-from functools import partial
 
-import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from transformer.config import Config, RotaryScaling
-from transformer.presets import presets
-from transformer.program.positions import alibi_slopes, rotary_frequencies
-from transformer.program.program import init_params, program
+from transformer.config import Config, Delta, Latent, RotaryScaling
 
+LATENT = {"layer_kinds": "latent", "latent": Latent(rank=8)}
 SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_heads": 4}
 
 
@@ -19,8 +17,8 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
     "fields, message",
     [
         ({"norm": "batch"}, "norm='batch' does not exist; choose one of rms, layer"),
-        ({"width": 30}, "width=30 is no multiple of num_heads=4"),
-        ({"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"width": 30}, "width=30 must be a multiple of num_heads=4"),
+        ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"head_size": 7}, "rotary positions turn pairs"),
         ({"num_layers": 0}, "num_layers=0; it must be a whole number, at least 1"),
         ({"num_layers": 2.5}, "num_layers=2.5 is of type float; it must be int"),
@@ -28,8 +26,14 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
         ({"tie_embeddings": None}, "tie_embeddings=None is of type NoneType; it must be bool"),
         ({"norm_epsilon": "1"}, "norm_epsilon='1' is of type str; it must be float"),
         ({"rotary_scaling": "yarn"}, "rotary_scaling='yarn' is of type str"),
-        ({"rotary_scaling": {"kind": "ntk", "factor": 2.0}, "head_size": 2}, "ntk stretches"),
-        ({"rotary_scaling": {"kind": "yarn", "factor": 2.0}, "rotary_base": 1.0}, "base above 1"),
+        (
+            {"rotary_scaling": {"kind": "ntk", "factor": 2.0}, "head_size": 2},
+            "leaves the first pair of numbers",
+        ),
+        (
+            {"rotary_scaling": {"kind": "yarn", "factor": 2.0}, "rotary_base": 1.0},
+            "rotary_base=1.0; with rotary scaling 'yarn' it must be above 1",
+        ),
         ({"head_size": 0}, "head_size=0; it must be a whole number, at least 1"),
         ({"feed_forward_width": 0}, "feed_forward_width=0"),
         ({"num_experts": -1}, "num_experts=-1; it must be a whole number, at least 0"),
@@ -37,11 +41,34 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
         ({"window": ()}, r"window=\(\); .* a pattern has at least one"),
         ({"logit_soft_cap": 0.0}, "logit_soft_cap=0.0; it must be above 0 and finite"),
         ({"attention_soft_cap": -3.0}, "attention_soft_cap=-3.0; it must be above 0"),
-        ({"rotary_fraction": 2.0}, r"rotary_fraction=2.0; it is in \(0, 1\]"),
+        ({"rotary_fraction": 2.0}, "rotary_fraction=2.0; it must be above 0, and at most 1"),
         ({"rotary_base": -1.0}, "rotary_base=-1.0; it must be above 0"),
         ({"norm_epsilon": float("nan")}, "norm_epsilon=nan; it must be above 0"),
-        ({"window": (2, 3, None), "scan_layers": True}, "no multiple of it; set scan_layers=False"),
-        ({"num_experts": 2, "experts_per_token": 3}, "between 1 and 2"),
+        (
+            {"window": (2, 3, None), "scan_layers": True},
+            "a multiple of that; set scan_layers=False",
+        ),
+        (
+            {"num_experts": 2, "experts_per_token": 3},
+            "experts_per_token=3; with num_experts=2 it must be between 1 and 2",
+        ),
+        (
+            {"layer_kinds": "mamba"},
+            "layer_kinds='mamba'; a kind is one of attention, latent, delta",
+        ),
+        ({"layer_kinds": ()}, r"layer_kinds=\(\); .* a pattern has at least one"),
+        ({"layer_kinds": "latent"}, r"need their sizes: latent=Latent\(rank=...\)"),
+        (LATENT | {"positions": "alibi"}, "go with positions 'rotary' or 'none'"),
+        (LATENT | {"qk_norm": True}, "without attention_sinks and qk_norm"),
+        (LATENT | {"window": 8}, "see all positions; give them no window"),
+        (
+            {"layer_kinds": "delta", "delta": {"num_key_heads": 3, "num_value_heads": 4}},
+            "num_value_heads=4 must be a multiple of delta.num_key_heads=3",
+        ),
+        ({"num_shared_kv_layers": -1}, "num_shared_kv_layers=-1; it must be a whole number"),
+        ({"num_shared_kv_layers": 2, "scan_layers": True}, "unlike the others; set scan_layers"),
+        ({"num_shared_kv_layers": 4}, "there is no block to read again"),
+        ({"num_shared_kv_layers": 1, "window": (8, 8, 8, None)}, "attention with window=None"),
         ({"parallel_residual": True, "norm_placement": "both"}, "goes with norm_placement='pre'"),
     ],
 )
@@ -68,61 +95,62 @@ def test_numbers_of_numpy_are_numbers():
     assert type(config.num_layers) is int and type(config.norm_epsilon) is float
 
 
-def test_programs_refuse_unknown_numerics_and_backends():
-    with pytest.raises(ValueError, match="numerics='sloppy' does not exist"):
-        program(presets["tiny"], numerics="sloppy")
-    with pytest.raises(ValueError, match="attention backend 'abacus' does not exist"):
-        program(presets["tiny"], attention="abacus")
-
-
-@pytest.mark.parametrize("name", presets)
-def test_a_config_survives_json(name):
-    config = presets[name]
-    assert Config(**json.loads(json.dumps(config.to_dict()))) == config
-
-
-# Parameter counts that the models' authors give, to the million.
 @pytest.mark.parametrize(
-    "name, millions",
+    ("kind", "fields", "message"),
     [
-        ("gpt2", 124),
-        ("gpt2-medium", 355),
-        ("gpt2-large", 774),
-        ("gpt2-xl", 1558),
-        ("llama-1b", 1236),
+        (Latent, {"rank": 0}, "latent.rank=0; it must be at least 1"),
+        (Latent, {"rank": 8.5}, "latent.rank=8.5 is of type float; it must be int"),
+        (Latent, {"rank": 8, "rotary_size": 3}, "latent.rotary_size=3; .* it must be even"),
+        (Latent, {"rank": 8, "query_rank": -1}, "latent.query_rank=-1; it must be at least 1"),
+        (Delta, {"convolution": 0}, "delta.convolution=0; it must be at least 1"),
+        (Delta, {"key_size": "8"}, "delta.key_size='8' is of type str"),
     ],
 )
-def test_presets_have_the_published_size(name, millions):
-    params = jax.eval_shape(partial(init_params, presets[name]), jax.random.key(0))
-    assert round(sum(x.size for x in jax.tree.leaves(params)) / 1e6) == millions
+def test_sizes_of_a_kind_of_layer_are_checked(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)
 
 
-def frequencies(**fields):
-    return rotary_frequencies(Config(**(SIZES | {"head_size": 64} | fields)))
+def test_what_is_left_out_follows_from_other_fields_also_after_they_change():
+    config = Config(**SIZES)
+    assert (config.num_kv_heads, config.head_size, config.feed_forward_width) == (None,) * 3
+    assert config.shape == (10, 4, 32, 128, 4, 4, 8, 0)  # V L E F N K H X
+    wider = config.replace(width=64, num_heads=2, num_experts=3)
+    assert wider.shape == (10, 4, 64, 256, 2, 2, 32, 3)
+    given = config.replace(num_kv_heads=2, head_size=16, feed_forward_width=9, width=64)
+    assert given.shape == (10, 4, 64, 9, 4, 2, 16, 0)
 
 
-@pytest.mark.parametrize("kind", RotaryScaling.KINDS)
-def test_scaling_keeps_fast_frequencies_and_divides_slow_ones(kind):
-    plain, _ = frequencies()
-    scaled, magnitude = frequencies(rotary_scaling=RotaryScaling(kind, 4.0, 1024))
-    ratio = plain / scaled
-    # Linear scaling divides every frequency, the others only the slow ones.
-    np.testing.assert_allclose(ratio[0], 4.0 if kind == "linear" else 1.0, rtol=1e-6)
-    np.testing.assert_allclose(ratio[-1], 4.0, rtol=1e-5)
-    assert np.all(np.diff(ratio) >= -1e-6)
-    expected = 0.1 * np.log(4.0) + 1 if kind == "yarn" else 1.0
-    np.testing.assert_allclose(magnitude, expected, rtol=1e-6)
+def test_sizes_of_the_delta_rule_follow_from_the_heads():
+    assert Config(**SIZES).delta_sizes == Delta(4, 4, 8, 8, 4)
+    given = Config(**SIZES, delta=Delta(num_key_heads=2, value_size=16, convolution=2))
+    assert given.delta_sizes == Delta(2, 2, 8, 16, 2)
 
 
-def test_layers_with_a_window_have_their_own_base():
-    local = {"rotary_window_base": 100.0, "rotary_scaling": RotaryScaling("linear", 8.0)}
-    np.testing.assert_array_equal(
-        frequencies(window=8, **local)[0], frequencies(rotary_base=100.0)[0]
-    )
-    np.testing.assert_allclose(frequencies(**local)[0], frequencies()[0] / 8, rtol=1e-6)
+KINDS = st.one_of(st.sampled_from(["attention", "delta"]), st.lists(
+    st.sampled_from(["attention", "delta"]), min_size=1, max_size=4))  # fmt: skip
+WINDOWS = st.one_of(st.none(), st.integers(1, 9), st.lists(
+    st.one_of(st.none(), st.integers(1, 9)), min_size=1, max_size=3))  # fmt: skip
 
 
-def test_alibi_slopes():
-    """The two examples of the paper: 8 heads, and a number that is no power of two."""
-    np.testing.assert_allclose(alibi_slopes(8), [2.0**-n for n in range(1, 9)])
-    np.testing.assert_allclose(alibi_slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])
+@given(kinds=KINDS, windows=WINDOWS, num_layers=st.integers(1, 13))
+def test_patterns_repeat_over_the_layers(kinds, windows, num_layers):
+    config = Config(**(SIZES | {"num_layers": num_layers}), layer_kinds=kinds, window=windows)
+    kinds, windows = (x if isinstance(x, list) else [x] for x in (kinds, windows))
+    expected = [(kinds[n % len(kinds)], windows[n % len(windows)]) for n in range(num_layers)]
+    assert list(config.layers) == expected
+    assert len(config.pattern) == np.lcm(len(kinds), len(windows))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(**SIZES),
+        Config(**SIZES, window=(8, None), rotary_scaling=RotaryScaling("yarn", 2.0)),
+        Config(**SIZES, **LATENT),
+        Config(**SIZES, layer_kinds=("delta", "attention"), delta=Delta(key_size=4)),
+    ],
+)
+def test_a_config_survives_json(config):
+    again = Config(**json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
