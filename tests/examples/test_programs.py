@@ -1,0 +1,129 @@
+"""The programs of examples/: the lawful ones run in every mode, the others are refused."""
+
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import examples.programs
+from transformer import run
+from transformer.modes.schedule import parallel
+
+FOLDER = pathlib.Path(examples.programs.__file__).parent
+LAWFUL = (
+    "attention",
+    "token_shift",
+    "latent_attention",
+    "linear_attention",
+    "gated_delta",
+    "recurrent",
+    "shared_keys",
+    "looped",
+    "looped_scan",
+)
+LENGTH, CAPACITY = 11, 16
+
+# The modes multiply the same float32 numbers in another order, and sums have up to 64 terms;
+# rounding errors of a few layers stay well below this share of the largest number.
+TOLERANCE = 2e-5
+
+lawful = pytest.mark.parametrize("name", LAWFUL)
+
+
+def example(name):
+    return importlib.import_module(f"examples.programs.{name}")
+
+
+def given_to(module, seed=0, length=LENGTH):
+    """Parameters and tokens."""
+    tokens = np.random.default_rng(seed).integers(0, module.VOCAB_SIZE, length, dtype=np.int32)
+    return module.init(jax.random.key(seed)), tokens
+
+
+def assert_close(actual, expected):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE * np.abs(y).max(), rtol=0)
+
+
+def test_every_program_is_listed_here_and_in_the_readme():
+    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "parts"}
+    assert files == set(LAWFUL)
+    readme = (FOLDER.parent / "README.md").read_text()
+    for path in FOLDER.rglob("*.py"):
+        if path.name != "__init__.py":
+            assert f"({path.relative_to(FOLDER.parent)})" in readme
+
+
+@lawful
+def test_every_schedule_gives_the_same(name):
+    """Cache, logits and gradients, in the parallel mode, in the sequential mode and in chunks."""
+    module = example(name)
+    params, tokens = given_to(module)
+
+    def loss(params, chunk):
+        cache, logits = run(module.program, params, module.empty(CAPACITY), tokens, chunk=chunk)
+        return jnp.sin(logits).mean(), (cache, logits)
+
+    @jax.jit
+    def ways(params):
+        modes = [jax.grad(loss, has_aux=True)(params, chunk) for chunk in (None, 1)]
+        return *modes, loss(params, chunk=4)[1]
+
+    parallel, sequential, chunks = ways(params)
+    gradients, results = parallel
+    assert results[1].shape == (LENGTH, module.VOCAB_SIZE)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients))
+    assert_close(sequential, parallel)
+    assert_close(chunks, results)
+
+
+@lawful
+def test_a_batch_is_vmap_over_sequences(name):
+    """Each sequence has a cache of its own, and is at a position of its own."""
+    module = example(name)
+    params, tokens = given_to(module, seed=2, length=2 * LENGTH)
+    rows, starts = tokens.reshape(2, LENGTH), np.array([0, 5])
+
+    def whole(row):
+        return run(module.program, params, module.empty(CAPACITY), row)
+
+    @jax.jit
+    def expected():
+        return [whole(row[: start + 6])[1][start:] for row, start in zip(rows, starts, strict=True)]
+
+    @jax.jit
+    def batch():
+        before = [module.empty(CAPACITY), whole(rows[1][:5])[0]]
+        caches = jax.tree.map(lambda *x: jnp.stack(x), *before)
+        parts = jnp.stack([rows[0][:6], rows[1][5:]])
+        one = lambda cache, part, start: run(module.program, params, cache, part, start)[1]
+        return jax.vmap(one)(caches, parts, starts)
+
+    assert_close(list(batch()), expected())
+
+
+@lawful
+@settings(max_examples=2)
+@given(cuts=st.sets(st.integers(1, LENGTH - 2), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_documents_packed_in_one_row_do_not_see_each_other(name, cuts, seed):
+    module = example(name)
+    params, tokens = given_to(module, seed)
+    documents = np.split(tokens[:-1], sorted(cuts))
+    positions = np.concatenate([*map(np.arange, map(len, documents)), [-1]])
+    at_once = jax.jit(parallel, static_argnames=("f", "packed"))
+    _, packed = at_once(
+        module.program, params, module.empty(CAPACITY), tokens, positions, packed=True
+    )
+    alone = []
+    for document in documents:  # padded, to compile once
+        padding = LENGTH - len(document)
+        i = np.pad(np.arange(len(document)), (0, padding), constant_values=-1)
+        token = np.pad(document, (0, padding))
+        _, logits = at_once(module.program, params, module.empty(CAPACITY), token, i)
+        alone.append(logits[: len(document)])
+    assert_close(packed[:-1], jnp.concatenate(alone))
