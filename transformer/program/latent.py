@@ -17,7 +17,8 @@ class LatentAttention:
     """The parameters, R the rank of the latent vector, P the numbers that carry the position.
 
     query_down [E, Q] and query_norm [Q], where queries have a latent vector of their own; query
-    [E or Q, N*(H+P)]; down [E, R+P]; down_norm [R]; key [R, N*H]; value [R, N*Hv]; output [N*Hv, E].
+    [E or Q, N*(H+P)]; down [E, R+P]; down_norm [R]; key [R, N*H]; value [R, N*Hv]; output
+    [N*Hv, E].
     """
 
     query: Linear

@@ -9,8 +9,9 @@ import jax
 from flax import struct
 
 from transformer.memory.cache import Turn
-from transformer.program import attention, latent
+from transformer.program import attention, delta, latent
 from transformer.program.attention import Attention
+from transformer.program.delta import GatedDelta
 from transformer.program.experts import Experts
 from transformer.program.feed_forward import FeedForward, feed_forward
 from transformer.program.latent import LatentAttention
@@ -20,14 +21,14 @@ from transformer.program.spec import LayerSpec
 
 # How tokens reach each other in each kind of layer. Every module has `mix`, `output`, `blocks` and
 # `init`.
-KINDS = {"attention": attention, "latent": latent}
+KINDS = {"attention": attention, "latent": latent, "delta": delta}
 
 
 @struct.dataclass
 class Layer:
     """The parameters of one layer; a norm that `norm_placement` does not use is None."""
 
-    mixer: Attention | LatentAttention
+    mixer: Attention | LatentAttention | GatedDelta
     feed_forward: FeedForward | Experts
     mixer_norm: Norm | None = None
     mixer_post_norm: Norm | None = None

@@ -30,16 +30,21 @@ def flops_per_token(config: Config, length: int) -> float:
 
 
 def _reading_flops(config, kind, window, length):
-    """FLOPs of forward and backward in one layer's instruction, for one token."""
+    """FLOPs of forward and backward in one layer's instruction, for one token.
+
+    A kind of layer that is not known here counts none.
+    """
     H, N = config.shape.H, config.num_heads
     keys = length if window is None else min(window, length)
-    if kind == "delta":
-        sizes = config.delta_sizes
-        return 3 * 4 * 2 * sizes.num_value_heads * sizes.key_size * sizes.value_size
+    if kind == "attention":
+        return 12 * N * H * keys
     if kind == "latent":
         key_size, value_size = H + config.latent.rotary_size, config.latent.value_size or H
         return 6 * N * (key_size + value_size) * keys
-    return 12 * N * H * keys
+    if kind == "delta":
+        sizes = config.delta_sizes
+        return 3 * 4 * 2 * sizes.num_value_heads * sizes.key_size * sizes.value_size
+    return 0
 
 
 # Dense bfloat16 FLOP/s with float32 sums, from the makers' data sheets, by jax's device_kind; the

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from transformer.memory.cache import Cache
 from transformer.memory.cells import Cells, Window
+from transformer.memory.delta import DeltaRule
 from transformer.memory.fold import Fold
 from transformer.memory.latent import Latent
 from transformer.memory.memory import Memory
@@ -90,6 +91,7 @@ CASES = {
         normal(3),
         normal(3),
     ),
+    "delta rule": Case(DeltaRule(), delta_cell, normal(2, 5)),
     "user's": Case(Previous(), {"x": normal(3)}, normal(3), normal(3)),
 }
 

@@ -1,0 +1,41 @@
+"""The gated delta rule: a state that forgets, and corrects what it holds under a key."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from kernels import delta_rule
+from transformer.memory.memory import Memory, over_rows
+
+
+@dataclass(frozen=True)
+class DeltaRule(Memory):
+    """Gated DeltaNet (arXiv:2412.06464, equation 10).
+
+    A cell is (k [N, Hk], v [N, Hv], log_decay [N], strength [N]), with log_decay at most 0 and
+    strength in [0, 1]; a query is [N, Hk]; what is read is [N, Hv]. The state of a head, S
+    [Hk, Hv], decays by exp(log_decay), and then strength * k (v - k S) is added to it. What is read
+    is q S.
+
+    A block is the state [N, Hk, Hv], in float32 at least.
+    """
+
+    def empty(self, capacity, cell):
+        """Returns a state of zeros."""
+        k, v, *_ = cell
+        dtype = jnp.promote_types(k.dtype, jnp.float32)
+        return jnp.zeros((*k.shape, v.shape[1]), dtype)
+
+    def step(self, block, i, cell, query, shared):
+        """Decays and corrects the state, and reads."""
+        return delta_rule.step(block, i, query, *cell)
+
+    def chunk(self, block, i, cells, queries, shared):
+        """T tokens of one sequence, in pieces within which the rule is products of matrices."""
+        if len(i) == 1:
+            return self._scan(block, i, cells, queries, shared)
+        return delta_rule.chunk(block, i, queries, *cells)
+
+    def documents(self, capacity, block, i, cells, queries, shared):
+        """As `rows`: a state begins again at position 0."""
+        return over_rows(self.chunk, block, i, cells, queries, shared)
