@@ -125,7 +125,7 @@ class Turn:
         blocks = self._cache._blocks
         if self.next == len(blocks):
             raise ProgramError(
-                f"write_read was called a {self.next + 1}th time, and the cache has {len(blocks)} "
+                f"write_read was called {self.next + 1} times, and the cache has {len(blocks)} "
                 f"blocks. {RULE}"
             )
         self._require_stack()
