@@ -6,8 +6,9 @@
     python -m experiments.benchmark --peer=PYTHON    also the same cases in torch and transformers,
                                                      run by the Python that has them installed
 
-Each figure is the median of repeated runs after one that does not count; compiling is apart. The
-suites of attention hold every kernel against float64 on the same inputs before they time it.
+Each figure is the median of repeated runs after a first one, which does not count; the time to
+compile is a figure of its own. The suites of attention compare every kernel with float64 on the
+same inputs before they time it.
 """
 
 import datetime
@@ -26,56 +27,46 @@ PEER_SUITES = ("train", "prefill", "decode")
 MODEL_SUITES = (*PEER_SUITES, "generate", "capacity", "compile")
 KERNEL_SUITES = ("attention", "decode_attention")
 SUITES = (*MODEL_SUITES, *KERNEL_SUITES)
-_SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Of {', '.join(SUITES)}.")
+_SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Some of {', '.join(SUITES)}.")
 _PRESET = flags.DEFINE_string("preset", "gpt2", "Shape of the model; see transformer.presets.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of attention in the model suites.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each case.", lower_bound=1)
-_PEER = flags.DEFINE_string("peer", None, "A Python with torch and transformers, to compare with.")
+_PEER = flags.DEFINE_string(
+    "peer", None, "A Python with experiments/peers/requirements.txt installed, to compare with."
+)
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 _PLOT = flags.DEFINE_string("plot", None, "File for a plot of them, PNG.")
 
 
 def main(argv):
+    """Runs the suites that the flags ask for, and prints, writes and plots the figures."""
     del argv
-    from kernels.backends.choice import check_backend
     from transformer.presets import presets
 
-    with cli.user_errors(ValueError):
-        check_backend(_ATTENTION.value)
-    if not _SUITE.value:
-        cli.fail(f"--suite is empty; choose of {', '.join(SUITES)}.")
-    unknown = [name for name in _SUITE.value if name not in SUITES]
-    if unknown:
-        cli.fail(f"--suite has no {', '.join(unknown)}; choose of {', '.join(SUITES)}.")
-    if _PRESET.value not in presets:
-        cli.fail(f"--preset={_PRESET.value} does not exist; choose one of {', '.join(presets)}.")
-    if _PEER.value and _PRESET.value != "gpt2":
-        cli.fail("--peer runs GPT-2 124M; use it with --preset=gpt2.")
-
-    if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
-        cli.fail(f"--plot={_PLOT.value}; the plot is a PNG, and its name ends in .png.")
-    with cli.user_errors(OSError):  # now, not when all is measured
-        for path in filter(None, (_JSON.value, _PLOT.value)):
-            open(path, "a").close()
-
+    _check_flags(presets)
     import jax
 
     from experiments.suites import report, timing
+    from transformer.files import naming
 
     config = presets[_PRESET.value]
     if jax.default_backend() != "cpu":
         config = config.replace(dtype="bfloat16")
     limits = timing.measure_limits(config.compute_dtype)
     print(f"{jax.devices()[0].device_kind}: {limits}", flush=True)
-    told = cli.tell_attention()
-    rows = []
+    notices = cli.print_notices()
+    rows, peer = [], _PEER.value
     for name in _SUITE.value:
         with cli.user_errors(NotImplementedError):
             for figure in _figures(name, config):
                 rows.append(report.row(figure, limits))
                 print(report.line(rows[-1]), flush=True)
-        if _PEER.value and name in PEER_SUITES:
-            _add_peer(rows, name)
+        if peer and name in PEER_SUITES:
+            try:
+                _add_peer(rows, peer, name)
+            except (OSError, PeerError) as error:
+                print(f"the peer is not run: {error}", flush=True)
+                peer = None
     figures = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -84,20 +75,43 @@ def main(argv):
         "preset": _PRESET.value,
         "dtype": config.dtype,
         "attention": _ATTENTION.value,
-        "attention_chosen": told,
+        "attention_chosen": notices,
         "limits": vars(limits),
         "rows": rows,
     }
-    if _JSON.value:
-        with open(_JSON.value, "w") as file:
-            json.dump(figures, file, indent=1)
-    if _PLOT.value:
-        report.plot(figures, _PLOT.value)
+    with cli.user_errors(OSError, status=1):
+        if _JSON.value:
+            with naming(_JSON.value):
+                pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1))
+        if _PLOT.value:
+            with naming(_PLOT.value):
+                report.plot(figures, _PLOT.value)
     report.print_tables(figures, limits)
 
 
+def _check_flags(presets):
+    from kernels.backends.choice import check_backend
+
+    with cli.user_errors(ValueError):
+        check_backend(_ATTENTION.value)
+    if not _SUITE.value:
+        cli.fail(f"--suite is empty; choose some of {', '.join(SUITES)}.")
+    unknown = [name for name in _SUITE.value if name not in SUITES]
+    if unknown:
+        cli.fail(f"--suite has no {', '.join(unknown)}; choose some of {', '.join(SUITES)}.")
+    if _PRESET.value not in presets:
+        cli.fail(f"--preset={_PRESET.value} does not exist; choose one of {', '.join(presets)}.")
+    if _PEER.value and _PRESET.value != "gpt2":
+        cli.fail("--peer runs GPT-2 124M; use it with --preset=gpt2.")
+    if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
+        cli.fail(f"--plot={_PLOT.value}; the plot is a PNG, so its name must end in .png.")
+    with cli.user_errors(OSError):  # now, and not when everything is measured
+        for path in filter(None, (_JSON.value, _PLOT.value)):
+            open(path, "a").close()
+
+
 def _figures(name, config):
-    """Runs one suite: an iterator of its figures."""
+    """Runs one suite: an iterator over its figures."""
     if name in MODEL_SUITES:
         from experiments.suites import model
 
@@ -108,14 +122,22 @@ def _figures(name, config):
     return getattr(attention, name)(_REPEATS.value)
 
 
-def _add_peer(rows, suite):
+class PeerError(Exception):
+    """The peer ended with an error."""
+
+
+def _add_peer(rows, python, suite):
     """Runs one suite of the peer and notes its rates beside ours."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         # Without PYTHONPATH, where transformers would take our kernels for a library of that name.
-        command = [_PEER.value, "-E", str(PEER)]
+        command = [python, "-E", str(PEER)]
         options = [f"--cases={suite}", f"--json={file.name}", f"--repeats={_REPEATS.value}"]
-        with cli.user_errors(OSError, subprocess.CalledProcessError):
-            subprocess.run(command + options, check=True, stdout=subprocess.DEVNULL)
+        result = subprocess.run(command + options, capture_output=True, text=True)
+        if result.returncode:
+            lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+            raise PeerError(
+                f"{lines[-1]}; {python} needs what {PEER.parent / 'requirements.txt'} lists."
+            )
         peer = json.load(file)
     for row in rows:
         rate = peer.get(f"{row['suite']} {row['case']}")
@@ -125,4 +147,4 @@ def _add_peer(rows, suite):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

@@ -1,4 +1,4 @@
-"""Figures for people and for programs: rows, lines, tables and a plot."""
+"""Figures for people and for programs, as rows, lines, tables and a plot."""
 
 import math
 
@@ -7,7 +7,7 @@ from experiments.suites.timing import Figure, KernelFigure, Limits
 
 
 def row(figure: Figure, limits: Limits) -> dict:
-    """A figure as a JSON object; rates are per second of the median run."""
+    """Makes a JSON object of a figure; its rates are those of the median run."""
     entry = {
         "suite": figure.suite,
         "case": figure.case,
@@ -30,18 +30,23 @@ def row(figure: Figure, limits: Limits) -> dict:
 
 
 def line(row: dict) -> str:
-    """One line for a log."""
+    """Returns a line about a figure, for people who wait for the table."""
     rate = _work_rate(row) if "kernel" in row else f"{row['tokens_per_second']:.1f} tokens/s"
     kernel = f", {row['kernel']}" if "kernel" in row else ""
     return f"{row['suite']} {row['case']}{kernel}: {rate}"
 
 
 def print_tables(figures: dict, limits: Limits) -> None:
-    """Prints a table of the models and one of the kernels, of those that there are."""
+    """Prints a table of the models and one of the kernels, where there are figures of them."""
     models = [row for row in figures["rows"] if "kernel" not in row]
     kernels = [row for row in figures["rows"] if "kernel" in row]
+    with_peer = any("ratio" in row for row in models)
     for rows, name, columns in (
-        (models, f"{figures['preset']}, {figures['dtype']}", _MODEL_COLUMNS),
+        (
+            models,
+            f"{figures['preset']}, {figures['dtype']}",
+            _MODEL_COLUMNS | (_PEER_COLUMNS if with_peer else {}),
+        ),
         (kernels, f"kernels, {figures['dtype']}", _KERNEL_COLUMNS),
     ):
         if rows:
@@ -66,7 +71,7 @@ def _share(row):
 
 
 def _compile_seconds(row):
-    return f"{row['compile_seconds']:.1f}"
+    return f"{row['compile_seconds']:.1f} s"
 
 
 def _case(row):
@@ -82,8 +87,10 @@ _MODEL_COLUMNS = {
     "case": _case,
     "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
     "spread": _spread,
-    "of the limit": _share,
-    "compile s": _compile_seconds,
+    "of limit": _share,
+    "compile": _compile_seconds,
+}
+_PEER_COLUMNS = {
     "peer": lambda row: _if_there(row, "peer_tokens_per_second", "{:.1f}"),
     "ratio": lambda row: _if_there(row, "ratio", "x {:.2f}"),
 }
@@ -92,14 +99,14 @@ _KERNEL_COLUMNS = {
     "kernel": lambda row: row["kernel"],
     "rate": _work_rate,
     "spread": _spread,
-    "of the limit": _share,
-    "compile s": _compile_seconds,
+    "of limit": _share,
+    "compile": _compile_seconds,
     "error": lambda row: _if_there(row, "error", "{:.1e}"),
 }
 
 
 def plot(figures: dict, path: str) -> None:
-    """Writes bar charts, PNG: one for each case, rivals and peer side by side."""
+    """Writes bar charts into a PNG, one for each case, with rivals and peer side by side."""
     import matplotlib
 
     matplotlib.use("Agg")

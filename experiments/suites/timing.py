@@ -1,4 +1,4 @@
-"""Timing compiled functions, and the limits of the machine that times are held against."""
+"""Timing compiled functions, and the limits of the machine that the times are compared with."""
 
 import math
 import statistics
@@ -12,7 +12,9 @@ class Figure:
     """One measured case.
 
     suite, case: what was run.
-    tokens: per run; seconds: of each run, sorted; compile_seconds: of tracing and compiling.
+    tokens: how many a run handles.
+    seconds: how long each run took, sorted.
+    compile_seconds: how long tracing and compiling took.
     flops, bytes: the least that a run must compute and move, from the sizes of the model.
     """
 
@@ -26,7 +28,7 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """Seconds of a run."""
+        """The seconds that a run takes."""
         return statistics.median(self.seconds)
 
     def memory_bound(self, limits: "Limits") -> bool:
@@ -42,8 +44,9 @@ class Figure:
 class KernelFigure(Figure):
     """A figure of one kernel.
 
-    kernel: the backend, or the rival. error: the largest difference from float64, in units of the
-    largest value; nan where a result is no number, None where it was not looked at.
+    kernel: the backend, or the rival.
+    error: the largest difference from float64, as a share of the largest value; nan where a result
+      is not finite, None where the results were not compared.
     """
 
     kernel: str
@@ -52,11 +55,11 @@ class KernelFigure(Figure):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine reaches on its simplest programs.
+    """The speeds that the machine reaches in the simplest programs.
 
-    read: bytes/s of a matrix-vector product, which reads each number once.
-    copy: bytes/s of changing an array in place, read and written bytes together.
-    flops: FLOP/s of a square matrix product.
+    read: bytes/s in a matrix-vector product, which reads each number once.
+    copy: bytes/s in changing an array in place, counting bytes read and bytes written.
+    flops: FLOP/s in a square matrix product.
     """
 
     read: float
@@ -76,7 +79,7 @@ class Limits:
 
 
 def compiled(function: Callable, *operands, donate=()):
-    """Compiles a function for its operands: (compiled, seconds it took)."""
+    """Compiles a function for its operands; returns it with the seconds that took."""
     import jax
 
     begin = time.perf_counter()
@@ -85,7 +88,7 @@ def compiled(function: Callable, *operands, donate=()):
 
 
 def timed(call: Callable[[], object], repeats: int, budget=math.inf) -> tuple[float, ...]:
-    """Seconds of each call, sorted, after one that does not count.
+    """Returns the seconds that each call took, sorted, after a first call that does not count.
 
     There are `repeats` calls, or as many as begin within `budget` seconds.
     """
