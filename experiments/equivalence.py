@@ -105,4 +105,4 @@ def print_table(rows, length) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

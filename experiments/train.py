@@ -1,12 +1,13 @@
 """Trains a model: `python -m experiments.train --config=FILE --workdir=DIR`.
 
-Single fields of the config are changed as --config.train.steps=N. Run again with the same work
+Flags as --config.train.steps=N change single fields of the config. Run again with the same work
 directory, it goes on from the last checkpoint; SIGTERM and Ctrl-C save one and end the run.
 
 The work directory holds config.json, tokenizer.json and checkpoints/ (`transformer.load` reads
 these), experiment.json (the config), metrics.jsonl, tensorboard/, loss.png and samples.jsonl.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.run import cli
+from experiments.run.changes import EXPERIMENT_FILE
 from experiments.run.config import read_config
 from experiments.run.meter import Meter, NotFinite
 from experiments.run.metrics import (
@@ -24,12 +26,12 @@ from experiments.run.metrics import (
     Metrics,
     read_rows,
 )
-from experiments.run.process import StopSignals, only_process
+from experiments.run.prepare import TrainingRun, checkpoint_items, prepare
+from experiments.run.process import StopSignals, exclusive
 from experiments.run.progress import Progress
-from experiments.run.run import EXPERIMENT_FILE, Run, checkpoint_items, prepare
+from transformer.files import write_json
 from transformer.inference.generate import generate
 from transformer.storage.checkpoint import CheckpointError, Checkpoints
-from transformer.storage.files import write_json
 from transformer.storage.model import Model, write_description
 from transformer.training.evaluation import evaluate, make_eval_step
 
@@ -41,7 +43,8 @@ def main(argv):
     """Prepares the run that the flags ask for, and does it unless it is finished."""
     del argv
     workdir = Path(_WORKDIR.value)
-    cli.tell_attention()
+    cli.outlive_readers()
+    cli.print_notices()
     with cli.user_errors(ValueError, OSError, CheckpointError, NotImplementedError):
         run = prepare(read_config(_CONFIG.value), workdir)
     if run is not None:
@@ -65,87 +68,107 @@ def main(argv):
     )
 
 
-def train(run: Run) -> int:
-    """Does the run, to its end or until SIGTERM or SIGINT; what came before is kept.
+def train(run: TrainingRun) -> int:
+    """Does the run, to its end or until SIGTERM or SIGINT; what was there before is kept.
 
     Returns:
       The last step, whose state is saved.
 
     Raises:
-      NotFinite: a loss, a gradient or a logit is no number; says at which step.
+      NotFinite: a loss, a gradient or a logit is not finite; says at which step.
       NotImplementedError: the backend of attention can train, but not validate or sample.
       CheckpointError, OSError: something could not be written.
       DamagedRows: a file of rows in the work directory is damaged.
     """
     options, every = run.experiment.train, run.experiment.checkpoint.every
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    kept = {
-        "keep_last": run.experiment.checkpoint.keep_last,
-        "keep_best": run.experiment.checkpoint.keep_best,
-    }
-    with (
-        only_process(run.workdir),
-        Checkpoints(run.workdir, **kept) as checkpoints,
-        Metrics(run.workdir, run.start) as metrics,
-        Log(run.workdir / SAMPLES_FILE, run.start) as samples,
-        Progress(run.start, options.steps) as progress,
-        StopSignals() as stop,
-    ):
-        write_json(run.workdir / EXPERIMENT_FILE, run.experiment.to_dict())
-        write_description(run.workdir, run.model, run.tokenizer)
-        checkpoints.discard_after(run.start)
-        meter = Meter(run, metrics, progress)
-        eval_step = make_eval_step(run.model, options.attention)
+    with contextlib.ExitStack() as opened, StopSignals() as stop:
+        out = _Outputs(run, opened)
         state = run.state
         for step in range(run.start + 1, options.steps + 1):
             batch = next(run.batches)
             state, values = run.train_step(state, run.shard(batch))
-            meter.push(step, values, batch)
+            out.meter.push(step, values, batch)
             is_last = step == options.steps
             validates = is_last or step % options.eval_every == 0
-            writes_sample = is_last or step % options.sample_every == 0
+            samples = is_last or step % options.sample_every == 0
             saves = is_last or step % every == 0
-            if not (validates or writes_sample or saves or stop.requested):
+            if not (validates or samples or saves or stop.requested):
                 continue
-            validation, said = {}, []
-            with meter.pause():
+            with out.meter.pause():
                 averaged = state.params if state.ema is None else state.ema
-                if validates:
-                    sizes = run.tokenizer.byte_lengths
-                    validation = evaluate(eval_step, averaged, run.validation, sizes)
-                    metrics.write({"step": step, **validation})
-                    bits = validation["validation_bits_per_byte"]
-                    said.append(
-                        f"step {step}/{options.steps}  validation loss "
-                        f"{validation['validation_loss']:.4f}  {bits:.4f} bits per byte"
-                    )
-                if writes_sample:
-                    text = sample(run, averaged, step)
-                    samples.write({"step": step, "text": text})
-                    said.append(f"sample after step {step}:\n{text}")
+                loss = out.validate(step, averaged) if validates else None
+                if samples:
+                    out.sample(step, averaged)
                 stops = stop.requested  # from here on a signal waits for the next step
                 if saves or stops:
-                    # Rows first: a checkpoint that is there has all rows up to its step.
-                    metrics.flush()
-                    samples.flush()
-                    remembered = {
-                        "data": run.batches.get_state(),
-                        "config": run.experiment.to_dict(),
-                    }
-                    loss = validation.get("validation_loss")
-                    checkpoints.save(step, checkpoint_items(state), remembered, loss)
-                for text in said:
-                    progress.say(text)
+                    out.save(step, state, loss)
+                out.report()
             if stops:
                 break
     return step
 
 
-def sample(run: Run, params, step: int) -> str:
-    """The beginning of a document as the model would write it after a step.
+class _Outputs:
+    """What a run writes into its work directory and on the terminal."""
+
+    def __init__(self, run: TrainingRun, opened: contextlib.ExitStack):
+        """Opens the files of the work directory, which are closed with the stack."""
+        self._run, self._said = run, []
+        workdir, start, kept = run.workdir, run.start, run.experiment.checkpoint
+        workdir.mkdir(parents=True, exist_ok=True)
+        opened.enter_context(exclusive(workdir))
+        self._checkpoints = opened.enter_context(
+            Checkpoints(workdir, keep_last=kept.keep_last, keep_best=kept.keep_best)
+        )
+        self._metrics = opened.enter_context(Metrics(workdir, start))
+        self._samples = opened.enter_context(Log(workdir / SAMPLES_FILE, start))
+        self._progress = opened.enter_context(Progress(start, run.experiment.train.steps))
+        write_json(workdir / EXPERIMENT_FILE, run.experiment.to_dict())
+        write_description(workdir, run.model, run.tokenizer)
+        self._checkpoints.discard_after(start)
+        self.meter = Meter(run, self._metrics, self._progress)
+        self._eval_step = make_eval_step(run.model, run.experiment.train.attention)
+
+    def validate(self, step: int, params) -> float:
+        """Evaluates parameters after a step, and returns the validation loss."""
+        run = self._run
+        row = evaluate(self._eval_step, params, run.validation, run.tokenizer.byte_lengths)
+        self._metrics.write({"step": step, **row})
+        self._said.append(
+            f"step {step}/{run.experiment.train.steps}  validation loss "
+            f"{row['validation_loss']:.4f}  {row['validation_bits_per_byte']:.4f} bits per byte"
+        )
+        return row["validation_loss"]
+
+    def sample(self, step: int, params) -> None:
+        """Writes down how the model begins a document after a step."""
+        text = sample(self._run, params, step)
+        self._samples.write({"step": step, "text": text})
+        self._said.append(f"sample after step {step}:\n{text}")
+
+    def save(self, step: int, state, validation_loss: float | None) -> None:
+        """Begins to save the state after a step."""
+        # Rows first: a checkpoint that is there has all rows up to its step.
+        self._metrics.flush()
+        self._samples.flush()
+        remembered = {
+            "data": self._run.batches.get_state(),
+            "config": self._run.experiment.to_dict(),
+        }
+        self._checkpoints.save(step, checkpoint_items(state), remembered, validation_loss)
+
+    def report(self) -> None:
+        """Prints what there is to say: last, so that what is said to be done is done."""
+        for text in self._said:
+            self._progress.say(text)
+        self._said.clear()
+
+
+def sample(run: TrainingRun, params, step: int) -> str:
+    """Returns the beginning of a document as the model would write it after a step.
 
     Raises:
-      NotFinite: the logits are no numbers.
+      NotFinite: the logits are not finite.
     """
     options = run.experiment.train
     model = Model(run.model, jax.device_put(params, jax.devices()[0]), run.tokenizer)
@@ -161,4 +184,4 @@ def sample(run: Run, params, step: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

@@ -29,11 +29,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds a path to the system's errors that name none: that a disk is full, for one."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+            error.filename = os.fspath(path)
         raise

@@ -1,8 +1,10 @@
-"""What the programs share on the command line: a user's error is one line and no traceback."""
+"""What the programs share on the command line: a user's error is one line, without a traceback."""
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
@@ -10,8 +12,12 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from experiments.run.flag_errors import describe
 
-def run(main: Callable[[list[str]], None]) -> None:
+_PACKAGES = ("transformer", "kernels", "experiments")
+
+
+def start(main: Callable[[list[str]], None]) -> None:
     """Runs a program of absl flags; flags that cannot be parsed end it with status 2."""
 
     for stream in (sys.stdout, sys.stderr):
@@ -20,21 +26,33 @@ def run(main: Callable[[list[str]], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
 
     def parse(argv):
-        # ml_collections reports an unknown field as AttributeError or KeyError.
-        with user_errors(flags.Error, AttributeError, KeyError, OSError, SyntaxError):
-            try:
-                rest = flags.FLAGS(argv)[1:]
-            except SystemExit:  # absl has printed the help that was asked for, and exits with 1
-                sys.exit()
+        try:
+            rest = flags.FLAGS(argv)[1:]
+        except SystemExit:  # absl has printed the help that was asked for, and exits with 1
+            sys.exit()
+        # ml_collections reports a field that does not exist in several ways.
+        except (
+            flags.Error,
+            AttributeError,
+            LookupError,
+            OSError,
+            SyntaxError,
+            ValueError,
+        ) as error:
+            fail(describe(error, argv))
         if rest:
             fail(f"unexpected argument {rest[0]!r}; options are given as --name=value.")
         return argv[:1]
 
     def quiet_main(argv):
-        # Orbax reports each of its steps there, and tracebacks of errors that it also raises.
+        # Orbax reports each of its steps there, and tracebacks of errors that it also raises;
+        # Matplotlib, that it cannot keep a cache.
         absl_logging.set_verbosity(absl_logging.WARNING)
-        for name in ("absl", "asyncio"):
+        for name in ("absl", "asyncio", "matplotlib"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        for name in _PACKAGES:
+            logging.getLogger(name).addHandler(_notices)
+            logging.getLogger(name).propagate = False
         main(argv)
 
     app.run(quiet_main, flags_parser=parse)
@@ -54,55 +72,86 @@ def user_errors(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
         fail(_text(error), status)
 
 
+def _text(error):
+    if isinstance(error, OSError) and error.filename is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some space there, and run the same command again." if full else "."
+        return f"{error.filename}: {error.strerror}{remedy}"
+    return str(error)
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
     """Prints one line to stderr and ends the program."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
-def tell_attention() -> list[str]:
-    """Prints to stdout which backend attention="auto" chooses, once it is known.
+class _Notices(logging.Handler):
+    """Prints warnings to stderr, and what else the user should know to stdout."""
+
+    def __init__(self):
+        super().__init__()
+        self.printed = []
+
+    def emit(self, record):
+        text = record.getMessage()
+        self.printed.append(text)
+        if record.levelno >= logging.WARNING:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        else:
+            print(text, flush=True)
+
+
+_notices = _Notices()
+
+
+def print_notices() -> list[str]:
+    """Prints not only warnings, but also what is chosen: the backend that attention="auto" is.
 
     Returns:
       What was printed; it grows.
     """
-    told = []
+    for name in _PACKAGES:
+        logging.getLogger(name).setLevel(logging.INFO)
+    return _notices.printed
 
-    class Tell(logging.Handler):
-        def emit(self, record):
-            told.append(record.getMessage())
-            print(told[-1], flush=True)
 
-    logger = logging.getLogger("kernels.backends.choice")
-    logger.addHandler(Tell())
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    return told
+def outlive_readers() -> None:
+    """Makes it no error to print what nobody reads any more, as after `| head`; it is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        stream.flush()
+        binary = io.BufferedWriter(_Unread(stream.fileno(), "wb", closefd=False))
+        wrapper = io.TextIOWrapper(
+            binary, stream.encoding, errors="backslashreplace", line_buffering=True
+        )
+        setattr(sys, name, wrapper)
+
+
+class _Unread(io.FileIO):
+    """A pipe that takes what is written also when its reader has gone."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table; its first column names the rows, the others are figures."""
+    """Prints a table; its first column names the rows, the others are figures.
+
+    Names are wrapped where the table would be wider than the terminal, or than 80 columns where
+    there is none.
+    """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
     for row in rows:
         table.add_row(*row)
-    wide = Console(width=1000)
-    Console(width=wide.measure(table).maximum).print(table)  # lines may leave the screen, not wrap
-
-
-def _text(error):
-    if isinstance(error, AttributeError | KeyError):
-        while isinstance(error, AttributeError | KeyError):
-            error = error.args[0]  # str() would quote the text once more
-        if "get_config" in str(error):
-            return "the file of --config has no function get_config, which returns the config."
-        return f"unknown config field: {error}"
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}, is not Python: {error.msg}."
-    if "Traceback" in str(error):
-        return str(error).strip().splitlines()[-1]
-    return str(error)
+    Console().print(table)

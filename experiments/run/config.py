@@ -1,15 +1,17 @@
-"""What an experiment can be told: sections of typed fields, every one of them known and checked.
+"""The config of an experiment: sections of typed fields, every one of them known and checked.
 
-A config file's `get_config` returns what `default_config` makes, with some fields set. Flags as
-`--config.train.steps=N` change single fields.
+The function `get_config` of a config file returns what `default_config` makes, with some fields
+set. Flags as `--config.train.steps=N` change single fields.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ml_collections import config_dict
@@ -23,15 +25,21 @@ from transformer.training.optimizer import OptimizerConfig
 class Data:
     """The corpus, and the batches made of it.
 
-    path: glob of the files, `**` for any depth; None: the source of Python's standard library.
+    path: a glob of the files, in which `**` matches folders at any depth; None: the source of
+      Python's standard library.
+    separator: the text between the documents of a file; None: each file is a document.
+    document_length: documents of more characters are cut, at the ends of lines; None: only where
+      all the corpus is one document, which is cut into at most 100 pieces.
     tokenizer: "bytes", or "bpe" trained on the training documents.
     vocab_size: V of "bpe".
     batch_size, length: B and T of one step, over all devices of the process.
-    validation_fraction: share of the documents that is held out.
-    seed: of the order of documents.
+    validation_fraction: the share of the documents that is held out.
+    seed: the seed of the order of documents.
     """
 
     path: str | None = None
+    separator: str | None = None
+    document_length: int | None = None
     tokenizer: str = "bpe"
     vocab_size: int = 2048
     batch_size: int = 8
@@ -40,25 +48,24 @@ class Data:
     seed: int = 0
 
     def __post_init__(self):
-        _require_positive("data", self, "batch_size", "length")
+        _require_positive(self, "batch_size", "length")
         if self.tokenizer not in ("bytes", "bpe"):
-            raise ValueError(
-                f"config.data.tokenizer={self.tokenizer!r} does not exist; choose bytes or bpe."
-            )
+            raise ValueError(f"tokenizer={self.tokenizer!r} does not exist; choose bytes or bpe.")
 
 
 @dataclass(frozen=True)
 class Train:
-    """The run.
+    """The steps of a run, and what is done between them.
 
-    steps: how many in all.
-    seed: of the initial parameters.
+    steps: how many there are in all.
+    seed: the seed of the initial parameters.
     attention: the backend of `kernels.attention`, also for validation and samples.
     accumulate, z_loss, ema_decay: as in `transformer.training.step.make_train_step`.
-    data_parallel: split every batch and the optimizer's state over all devices of the process.
+    data_parallel: whether every batch and the optimizer's state are split over all devices of the
+      process.
     log_every, eval_every, sample_every: steps between rows of metrics, validations and samples;
       the last step has all three.
-    sample_length: tokens of a sample.
+    sample_length: how many tokens a sample has at most.
     """
 
     steps: int = 1000
@@ -74,18 +81,18 @@ class Train:
     sample_length: int = 128
 
     def __post_init__(self):
-        _require_positive("train", self, "steps", "log_every", "eval_every", "sample_every")
-        _require_positive("train", self, "sample_length", "accumulate")
+        _require_positive(self, "steps", "log_every", "eval_every", "sample_every")
+        _require_positive(self, "sample_length", "accumulate")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"config.train.seed={self.seed}; it is between 0 and 2**32 - 1.")
+            raise ValueError(f"seed={self.seed}; it must be between 0 and 2**32 - 1.")
         if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"config.train.z_loss={self.z_loss}; it is a number from 0 on.")
+            raise ValueError(f"z_loss={self.z_loss}; it must be 0 or more.")
         check_backend(self.attention)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When to save, and what to keep.
+    """When to save, and which checkpoints to keep.
 
     every: steps between saves; the last step is saved too.
     keep_last, keep_best: how many of the newest, and of the best at validation, are kept.
@@ -96,16 +103,16 @@ class Checkpoint:
     keep_best: int = 1
 
     def __post_init__(self):
-        _require_positive("checkpoint", self, "every", "keep_last")
+        _require_positive(self, "every", "keep_last")
         if self.keep_best < 0:
-            raise ValueError(f"config.checkpoint.keep_best={self.keep_best}; it is 0 or more.")
+            raise ValueError(f"keep_best={self.keep_best}; it must be 0 or more.")
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A whole config.
 
-    model: fields of `Config`, but for `vocab_size`, which the tokenizer gives.
+    model: the fields of `Config` but for `vocab_size`, which the tokenizer gives.
     """
 
     model: dict
@@ -117,36 +124,30 @@ class Experiment:
     def __post_init__(self):
         if self.data.batch_size % self.train.accumulate:
             raise ValueError(
-                f"config.data.batch_size={self.data.batch_size} is no multiple of "
-                f"config.train.accumulate={self.train.accumulate}."
+                f"config.data.batch_size={self.data.batch_size} must be a multiple of "
+                f"config.train.accumulate={self.train.accumulate}, so that the parts are equal."
             )
         max_length = self.architecture(vocab_size=1).max_length
         if self.data.length > max_length:
             raise ValueError(
-                f"config.data.length={self.data.length} is more than "
+                f"config.data.length={self.data.length} must be at most "
                 f"config.model.max_length={max_length}."
             )
 
     def architecture(self, vocab_size: int) -> Config:
         """The model for a tokenizer of that many tokens."""
-        return Config(vocab_size=vocab_size, **self.model)
+        with named_in_full("model", Config):
+            return Config(vocab_size=vocab_size, **self.model)
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
+        """The config as plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
 def default_config(model: Config) -> config_dict.ConfigDict:
-    """A config of all sections, with `model`'s architecture and the defaults of the others.
-
-    Fields that the model derived (head_size, ...) are None, to follow those they derive from.
-    """
+    """Makes a config of all sections: `model`'s architecture, and the defaults of the others."""
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(Config)}
     del fields["vocab_size"]
-    for name in ("num_kv_heads", "head_size", "feed_forward_width"):
-        with contextlib.suppress(ValueError):
-            if model.replace(**{name: None}) == model:
-                fields[name] = None
     config = config_dict.ConfigDict()
     config.model = _section(Config, fields)
     for f in dataclasses.fields(Experiment)[1:]:
@@ -169,16 +170,16 @@ def _section(kind, values):
 
 
 def read_config(config: config_dict.ConfigDict) -> Experiment:
-    """The experiment that a config describes; what it leaves out has its default.
+    """Reads the experiment that a config describes; what it leaves out has its default.
 
     Raises:
-      ValueError: a section or field that does not exist, a value of another type, or values that
-        do not fit together.
+      ValueError: a section or field does not exist, a value has another type, or values do not fit
+        together.
     """
     if not isinstance(config, config_dict.ConfigDict):
         raise ValueError(
-            f"get_config returns {config!r}; it returns a ConfigDict, which "
-            "experiments.run.config.default_config makes."
+            f"get_config returns {config!r}; it must return a ConfigDict, as "
+            "experiments.run.config.default_config makes it."
         )
     values = config.to_dict()
     sections = {f.name: f.type for f in dataclasses.fields(Experiment)}
@@ -188,13 +189,37 @@ def read_config(config: config_dict.ConfigDict) -> Experiment:
     _check("config.model", model, Config, omit=("vocab_size",))
     for name, section in values.items():
         _check(f"config.{name}", section, sections[name])
-    return Experiment(model, **{name: sections[name](**values[name]) for name in values})
+    made = {}
+    for name, section in values.items():
+        with named_in_full(name, sections[name]):
+            made[name] = sections[name](**section)
+    return Experiment(model, **made)
+
+
+@contextmanager
+def named_in_full(section: str, kind: type) -> Iterator[None]:
+    """Names fields as flags do in the errors of the body: steps=3 becomes config.train.steps=3.
+
+    Args:
+      section: the section of the config that the fields stand in.
+      kind: the dataclass whose fields they are.
+
+    Raises:
+      ValueError: the body raised a ValueError or a TypeError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        names = "|".join(f.name for f in dataclasses.fields(kind))
+        full = rf"config.{section}.\1"
+        text = re.sub(rf"(?:\b{section} )?(?<![\w.])({names})(?==|\.\w+=)", full, str(error))
+        raise ValueError(text) from error
 
 
 def _check(where, given, kind, omit=()):
-    """`given` is fields of the dataclass `kind`, each of its type, and all that have no default."""
+    """Checks that `given` has fields of a dataclass, each of its type, and those it must have."""
     if not isinstance(given, dict):
-        raise ValueError(f"{where}={given!r} is no section of fields.")
+        raise ValueError(f"{where}={given!r}; it must be a section of fields.")
     for f in dataclasses.fields(kind):
         optional = f.default is not dataclasses.MISSING or f.name in omit
         if not optional and f.name not in given:
@@ -217,9 +242,7 @@ def _require_known(where, name, known):
         raise ValueError(f"{where} has no field {name!r}; {hint}")
 
 
-def _require_positive(section, values, *names):
+def _require_positive(values, *names):
     for name in names:
         if getattr(values, name) < 1:
-            raise ValueError(
-                f"config.{section}.{name}={getattr(values, name)}; it must be at least 1."
-            )
+            raise ValueError(f"{name}={getattr(values, name)}; it must be at least 1.")

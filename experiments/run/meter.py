@@ -1,4 +1,4 @@
-"""What the steps of a run give, as rows of metrics."""
+"""The results of the steps of a run, made into rows of metrics."""
 
 import math
 import time
@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from experiments.run.metrics import Metrics
+from experiments.run.prepare import TrainingRun
 from experiments.run.progress import Progress
-from experiments.run.run import Run
 from transformer.data.batches import Batch
 from transformer.training.flops import flops_per_token, peak_flops
 from transformer.training.optimizer import learning_rate
@@ -21,13 +21,13 @@ IN_FLIGHT = 2
 
 
 class NotFinite(Exception):
-    """The loss, its gradient or the model's logits are no longer numbers."""
+    """The loss, its gradient or the logits of the model are no longer finite numbers."""
 
 
 class Meter:
     """Turns the results of steps into rows of metrics, a few steps late."""
 
-    def __init__(self, run: Run, metrics: Metrics, progress: Progress):
+    def __init__(self, run: TrainingRun, metrics: Metrics, progress: Progress):
         self._metrics, self._progress = metrics, progress
         self._steps, self._log_every = run.experiment.train.steps, run.experiment.train.log_every
         self._learning_rate = learning_rate(run.experiment.optimizer, self._steps)

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from experiments.run.tensorboard import TensorBoard
+from transformer.files import naming, write_text
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -20,25 +21,27 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         """Opens the file to go on after a step: what came later is cut off in one atomic step."""
+        self._path = path
         kept = [row for row in read_rows(path) if row["step"] <= step]
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, "".join(_line(row) for row in kept))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
     def write(self, row: dict) -> None:
         """Appends a row."""
-        self._file.write(_line(row))
+        with naming(self._path):
+            self._file.write(_line(row))
 
     def flush(self) -> None:
         """Returns once the rows are on disk."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
 
 def _line(row):
@@ -46,10 +49,10 @@ def _line(row):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, none if it is missing; a last line that was cut off is left out.
+    """Reads the rows of a file: none if it is missing, and without a last line that was cut off.
 
     Raises:
-      DamagedRows: a line is no row.
+      DamagedRows: a line is not a row.
     """
     if not path.exists():
         return []
@@ -64,7 +67,7 @@ def _row(path, number, line):
             return row
     text = line[:60].decode(errors="replace")
     raise DamagedRows(
-        f"{path}, line {number}: {text!r} is no row of a run; mend the line or remove it."
+        f"{path}, line {number}: {text!r} is not a row of a run; mend the line or remove it."
     )
 
 
@@ -78,24 +81,23 @@ class Metrics:
         """Goes on after a step."""
         self._path = workdir / METRICS_FILE
         self._picture = workdir / "loss.png"
-        self._log = Log(self._path, step)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        with contextlib.ExitStack() as opened:
+            self._log = opened.enter_context(Log(self._path, step))
+            self._tensorboard = opened.enter_context(TensorBoard(workdir / "tensorboard", step))
+            self._opened = opened.pop_all()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._log.__exit__(*error)
-        self._tensorboard.close()
+        self._opened.__exit__(*error)
         if error[0] is None:
             plot_loss(read_rows(self._path), self._picture)
 
     def write(self, row: dict) -> None:
         """Adds a row: `step` and numbers."""
         self._log.write(row)
-        for name, value in row.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
+        self._tensorboard.write(row)
 
     def flush(self) -> None:
         """Returns once all rows are on disk."""
@@ -119,5 +121,6 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="step", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -2,27 +2,31 @@
 
 import fcntl
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def only_process(workdir: Path):
+def exclusive(workdir: Path) -> Iterator[None]:
     """Keeps other processes from training in a directory until the body, or this process, ends.
 
     Raises:
-      BlockingIOError: another one is.
+      BlockingIOError: another process is training there.
     """
     with open(workdir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"another process is training in {workdir}") from None
+            raise BlockingIOError(f"another process is training in {workdir}.") from None
         yield
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a request; the second SIGINT interrupts at once. A context manager."""
+    """Takes SIGTERM and SIGINT as a request to stop; a second SIGINT interrupts at once.
+
+    A context manager: the signals mean what they meant before once it is left.
+    """
 
     def __init__(self):
         self.requested = False

@@ -5,7 +5,7 @@ import os
 import sysconfig
 from pathlib import Path
 
-from transformer.data.documents import Document, counted, cut, default_length, separated
+from transformer.data.documents import Document, counted, cut, separated
 from transformer.data.paths import find_files
 
 # What lies beside the standard library's own source: tests (some deliberately broken or in other
@@ -23,8 +23,7 @@ def read_corpus(
 ) -> list[Document]:
     """Reads the documents of a corpus, sorted by name.
 
-    What is left out, such as files without text, and a single document that had to be cut are
-    logged.
+    A warning is logged of what is left out, such as files without text.
 
     Args:
         glob_pattern: the user's files, `**` for any depth of folders. Names are relative to the
@@ -32,8 +31,7 @@ def read_corpus(
             standard library without its tests; a file there that is not UTF-8 is left out.
         separator: the text that stands between the documents of a file; None: a file is a document.
         document_length: longer documents are cut into pieces of at most so many characters, at the
-            ends of lines where there are any; None: only a corpus of a single document is cut,
-            into at most 100 pieces.
+            ends of lines where there are any; None: they are left as they are.
 
     Raises:
         FileNotFoundError: the pattern matches no file.
@@ -60,21 +58,7 @@ def read_corpus(
         documents = [part for document in documents for part in separated(document, separator)]
     if document_length is not None:
         documents = [piece for document in documents for piece in cut(document, document_length)]
-    elif len(documents) == 1:
-        documents = _cut_by_default(*documents)
     return sorted(documents)
-
-
-def _cut_by_default(document):
-    pieces = cut(document, default_length(document))
-    if len(pieces) > 1:
-        _log.info(
-            "the corpus is one document of %s, which is cut into %s to hold some of them out; "
-            "separator or document_length cut it otherwise",
-            counted(len(document.text), "character"),
-            counted(len(pieces), "piece"),
-        )
-    return pieces
 
 
 def _standard_library() -> list[Document]:

@@ -258,8 +258,8 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             whole = ", ".join(str(step) for step in self.steps) or "none"
             raise CheckpointError(
-                f"could not save to {self.path}: {_reason(error)}; the steps saved before are "
-                f"intact: {whole}."
+                f"could not save to {self.path}: {_reason(error)}. "
+                f"Steps saved before are intact: {whole}."
             ) from error
 
 

@@ -1,0 +1,187 @@
+"""A training run, made ready: new, or where its last checkpoint left it."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from grain import DatasetIterator
+
+from experiments.run.changes import explain_layout, report_changes, require_same_tokenizer
+from experiments.run.config import Data, Experiment, Train, named_in_full
+from transformer.config import Config
+from transformer.data.batches import Batch, train_batches, validation_batches
+from transformer.data.corpus import read_corpus
+from transformer.data.documents import Document, counted, cut, default_length
+from transformer.data.split import split
+from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
+from transformer.devices.mesh import make_mesh, shard_batch, state_shardings
+from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
+from transformer.storage.model import CONFIG_FILE, require_same_architecture
+from transformer.training.optimizer import OptimizerConfig, make_optimizer
+from transformer.training.step import TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """All that a training run is made of, ready to start.
+
+    model: the architecture. start: how many steps were done before. shard: lays a batch on the
+    devices. train_step: compiled. state: after `start` steps; `train_step` takes it over.
+    """
+
+    experiment: Experiment
+    workdir: Path
+    model: Config
+    tokenizer: Tokenizer
+    start: int
+    state: TrainState
+    train_step: Callable
+    batches: DatasetIterator
+    validation: Sequence[Batch]
+    shard: Callable[[Batch], Batch]
+
+
+def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
+    """Makes a run ready, new or to be continued; returns None where it is finished.
+
+    It writes nothing but the cache of tokenizers, and prints what differs from what was asked for.
+
+    Raises:
+      ValueError, OSError: the config, the corpus or the work directory cannot be used.
+      CheckpointError: the work directory has checkpoints, and none can be used.
+      NotImplementedError: the backend of attention cannot train this model here.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"--workdir={workdir} is a file; give a directory.")
+    experiment = shorten_warmup(experiment)
+    data, options = experiment.data, experiment.train
+    with named_in_full("data", Data):
+        training, held_out = split(read_documents(data), data.validation_fraction)
+        begun = (workdir / CONFIG_FILE).exists()
+        tokenizer = Tokenizer.load(workdir) if begun else make_tokenizer(data, training)
+    model = experiment.architecture(tokenizer.vocab_size)
+    if begun:
+        require_same_architecture(workdir, model)
+        require_same_tokenizer(workdir, experiment)
+        report_changes(workdir, experiment)
+
+    with named_in_full("optimizer", OptimizerConfig):
+        optimizer = make_optimizer(experiment.optimizer, options.steps)
+    init = partial(init_state, model, optimizer, ema_decay=options.ema_decay)
+    key = jax.random.key(options.seed)
+    mesh = make_mesh(None if options.data_parallel else jax.devices()[:1])
+    shardings = state_shardings(mesh, jax.eval_shape(init, key))
+    with named_in_full("train", Train):
+        train_step = make_train_step(
+            model,
+            optimizer,
+            attention=options.attention,
+            accumulate=options.accumulate,
+            z_loss=options.z_loss,
+            ema_decay=options.ema_decay,
+            state_shardings=shardings,
+        )
+    start, state, data_state = 0, None, None
+    if (workdir / FOLDER).exists():
+        start, state, data_state = restore(
+            workdir, jax.eval_shape(init, key), shardings, experiment
+        )
+        if start >= options.steps:
+            return None
+    if state is None:
+        state = jax.jit(init, out_shardings=shardings)(key)
+
+    with named_in_full("data", Data):
+        batches = train_batches(
+            training,
+            tokenizer,
+            data.batch_size,
+            data.length,
+            data.seed,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+        validation = validation_batches(held_out, tokenizer, data.batch_size, data.length)
+    batches = iter(batches)
+    if data_state is not None:
+        batches.set_state(data_state)
+    shard = partial(shard_batch, mesh)
+    validation = [shard(batch) for batch in validation]
+    train_step = train_step.lower(state, validation[0]).compile()
+    return TrainingRun(
+        experiment, workdir, model, tokenizer, start, state, train_step, batches, validation, shard
+    )
+
+
+def shorten_warmup(experiment: Experiment) -> Experiment:
+    """The experiment with a warm-up that leaves steps to train after it; prints what it changes."""
+    steps, warmup = experiment.train.steps, experiment.optimizer.warmup_steps
+    if warmup < steps:
+        return experiment
+    shorter = steps // 4
+    print(
+        f"config.optimizer.warmup_steps={warmup} leaves nothing of config.train.steps={steps}; the "
+        f"warm-up is shortened to {counted(shorter, 'step')}"
+    )
+    optimizer = dataclasses.replace(experiment.optimizer, warmup_steps=shorter)
+    return dataclasses.replace(experiment, optimizer=optimizer)
+
+
+def read_documents(data: Data) -> list[Document]:
+    """Reads the corpus; a single document is cut, for some of it to be held out, and it is said."""
+    documents = read_corpus(data.path, data.separator, data.document_length)
+    if len(documents) > 1 or data.document_length is not None:
+        return documents
+    [document] = documents
+    pieces = cut(document, default_length(document))
+    if len(pieces) > 1:
+        print(
+            f"the corpus is one document, which is cut into {len(pieces)}, so that some can be "
+            "held out; config.data.separator or config.data.document_length cut it otherwise"
+        )
+    return pieces
+
+
+def make_tokenizer(data: Data, training: Sequence[Document]) -> Tokenizer:
+    """Bytes, or BPE trained on the training documents and kept in the user's cache folder."""
+    if data.tokenizer == "bytes":
+        return byte_tokenizer()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    texts = [document.text for document in training]
+    return cached_bpe(texts, data.vocab_size, Path(cache) / "unison")
+
+
+def restore(
+    workdir: Path, abstract: TrainState, shardings: TrainState, experiment: Experiment
+) -> tuple[int, TrainState | None, dict | None]:
+    """Reads the newest good checkpoint: its step, the state and the state of the data.
+
+    Without a checkpoint the step is 0, and the others are None.
+    """
+    target = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    checkpoints = Checkpoints(workdir, read_only=True)
+    if not checkpoints.steps:
+        return 0, None, None
+    newest_first = reversed(checkpoints.steps)
+    try:
+        restored = checkpoints.restore(lambda _: checkpoint_items(target), newest_first)
+    except LayoutError as error:
+        raise CheckpointError(explain_layout(error, experiment)) from error
+    step = jax.device_put(np.int32(restored.step), shardings.step)
+    return restored.step, TrainState(step, **restored.items), restored.metadata["data"]
+
+
+def checkpoint_items(state: TrainState) -> dict:
+    """What a checkpoint holds of a state, whose step is the checkpoint's own."""
+    names = ("params", "optimizer_state", "ema")
+    items = {name: getattr(state, name) for name in names}
+    return {name: tree for name, tree in items.items() if tree is not None}
