@@ -41,6 +41,10 @@ class Cells(Memory):
         block = jax.tree.map(write, block, cell)
         return block, self._read(i, query, block, shared)
 
+    def depth(self, length):
+        """All tokens read at once."""
+        return 1
+
     def chunk(self, block, i, cells, queries, shared):
         """T tokens of one sequence."""
         one = lambda tree: jax.tree.map(lambda x: x[None], tree)
@@ -114,6 +118,10 @@ class Window(Memory):
         z = self.read(query, cells, self._visible(i), shared)
         block = where(i >= 0, jax.tree.map(lambda x: x[1:], cells), block)
         return block, where(i >= 0, z, 0)
+
+    def depth(self, length):
+        """All tokens read at once."""
+        return 1
 
     def chunk(self, block, i, cells, queries, shared):
         """Reads for all tokens from the block and the chunk behind it, shifted `size` times."""

@@ -36,6 +36,10 @@ class DeltaRule(Memory):
             return self._scan(block, i, cells, queries, shared)
         return delta_rule.chunk(block, i, queries, *cells)
 
+    def depth(self, length):
+        """Pieces follow each other."""
+        return -(-length // delta_rule.CHUNK)
+
     def documents(self, capacity, block, i, cells, queries, shared):
         """As `rows`: a state begins again at position 0."""
         return over_rows(self.chunk, block, i, cells, queries, shared)

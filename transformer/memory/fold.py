@@ -57,6 +57,10 @@ class Fold(Memory):
         chunk = lambda *operands: self._chunk(*operands, packed=True)
         return over_rows(chunk, block, i, cells, queries, shared)
 
+    def depth(self, length):
+        """The levels of the associative scan, log2(length)."""
+        return max(1, (length - 1).bit_length())
+
     def _chunk(self, block, i, cells, queries, shared, packed):
         if len(i) == 1:
             return self._scan(block, i, cells, queries, shared)

@@ -64,6 +64,10 @@ class Latent(Memory):
         z = jnp.einsum("ns,snh->nh", weights, value, precision="highest")
         return block, where(i >= 0, z.astype(q.dtype), 0)
 
+    def depth(self, length):
+        """All tokens read at once."""
+        return 1
+
     def chunk(self, block, i, cells, queries, shared):
         """T tokens of one sequence, by the kernel."""
         one = lambda tree: jax.tree.map(lambda x: x[None], tree)

@@ -85,6 +85,14 @@ class Memory:
         scan = lambda *operands: self._scan(*operands, fresh=fresh)
         return over_rows(scan, block, i, cells, queries, shared)
 
+    def depth(self, length: int) -> int:
+        """How many steps wait for each other where `length` tokens run at once.
+
+        Token after token, as in the scan of `step`, unless a memory says otherwise: one that
+        overrides `chunk` should. `transformer.depth` counts them.
+        """
+        return length
+
     def in_place(self, blocks: Blocks, i, cells, queries, shared):
         """One token of each sequence (T = 1): writes and reads the blocks where they lie.
 

@@ -83,6 +83,10 @@ class Softmax(Memory):
         z = jnp.where(i >= 0, z, 0)
         return (keys, values), z.reshape(query.shape[0], -1).astype(query.dtype)
 
+    def depth(self, length):
+        """All tokens read at once."""
+        return 1
+
     def chunk(self, block, i, cells, queries, shared):
         """T tokens of one sequence, by the kernel."""
         one = lambda tree: jax.tree.map(lambda x: x[None], tree)
