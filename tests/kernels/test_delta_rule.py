@@ -32,13 +32,14 @@ def make(rng, T, N, Hk, Hv, i=None):
 
 @st.composite
 def cases(draw):
-    """Documents in a row, the first one begun before, with padding at the end."""
+    """Documents in a row, the first one begun before, with padding at the end and perhaps inside."""
     T, *sizes = draw(st.sampled_from(SHAPES))
     i = np.arange(T) + draw(st.integers(0, 5))
     for start in draw(st.lists(st.integers(0, T - 1), max_size=4)):
         i[start:] = np.arange(T - start)
     i[T - draw(st.integers(0, T)) :] = -1
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    i[rng.uniform(size=T) < draw(st.sampled_from([0, 0.1]))] = -1
     state, i, q, k, v, g, beta = make(rng, T, *sizes, i)
     # From tokens that keep nearly all to tokens that keep nearly nothing, and some keep nothing.
     g = g * 10.0 ** rng.uniform(-4, 2, g.shape)
