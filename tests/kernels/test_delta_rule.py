@@ -32,7 +32,7 @@ def make(rng, T, N, Hk, Hv, i=None):
 
 @st.composite
 def cases(draw):
-    """Documents in a row, the first one begun before, with padding at the end and perhaps inside."""
+    """Documents in a row, the first one begun before, with padding at the end or anywhere."""
     T, *sizes = draw(st.sampled_from(SHAPES))
     i = np.arange(T) + draw(st.integers(0, 5))
     for start in draw(st.lists(st.integers(0, T - 1), max_size=4)):
