@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.backends.choice import run
+from kernels.backends.choice import attend
 from kernels.operands import Shared, Where
 from kernels.options import Options
 
@@ -90,15 +90,9 @@ def attention(
             kv_positions = jnp.where(cells < length, positions, -1)
 
     where, shared = Where(q_positions, kv_positions, q_starts), Shared(sinks, alibi)
-    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-
-    def attend(module):
-        z, lse = module.attend(q, keys, values, where, shared, options=options)
-        if return_lse and lse is None:
-            raise NotImplementedError("it does not give the log-sum-exp.")
-        return (z, lse) if return_lse else z
-
-    return run(backend, attend)
+    operands = q, k.swapaxes(1, 2), v.swapaxes(1, 2), where, shared
+    z, lse = attend(backend, *operands, options=options, needs_lse=return_lse)
+    return (z, lse) if return_lse else z
 
 
 def _check_heads(q, k, v):

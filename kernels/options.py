@@ -4,10 +4,13 @@ import math
 import operator
 from dataclasses import dataclass
 
+import jax
 
+
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Options:
-    """How scores are made and which keys are seen; hashable, so it can be a static argument.
+    """How scores are made and which keys are seen; a static argument, also as a pytree.
 
     scale: factor on q.k, usually 1/sqrt(H); above 0.
     window: a query at position i sees the positions i - window + 1 .. i, at least 1; None: all up

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.backends.choice import run
+from kernels.backends import choice
 from kernels.blocks import Blocks
 from kernels.cells import is_ring, take, write, write_last
 from kernels.operands import Shared, Where
@@ -68,9 +68,7 @@ def chunk(
 
     def attend(block, positions, starts=None):
         where = Where(positions, q_starts=starts)
-        keys, values = keys_values(block)
-        attend = lambda module: module.attend(q, keys, values, where, shared, options=options)[0]
-        return run(backend, attend)
+        return choice.attend(backend, q, *keys_values(block), where, shared, options=options)[0]
 
     # What is written and what is read are apart: where nobody uses one, XLA drops it.
     if is_ring(options, size):
@@ -141,7 +139,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options, back
             raise NotImplementedError("it has no way of its own to run one token.")
         return module.decode(*operands, options=options)
 
-    return run(backend, one_token)
+    return choice.run(backend, one_token)
 
 
 def read(blocks: Blocks, i, q, shared: Shared, *, options: Options, backend: str):
@@ -170,4 +168,4 @@ def read(blocks: Blocks, i, q, shared: Shared, *, options: Options, backend: str
             where = Where(cell, q_starts=cell - i)
         return module.attend(q, *block, where, shared, options=options)[0]
 
-    return run(backend, one_token)
+    return choice.run(backend, one_token)

@@ -14,7 +14,13 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
+
+from kernels.operands import Shared, Where
+from kernels.options import Options
+from kernels.tracing.reverse import NoSuchDerivative, reverse_only
 from kernels.tracing.target import platform
 
 BACKENDS = {
@@ -29,6 +35,11 @@ BACKENDS = {
 # What "auto" tries, in order. cudnn is not among it: it needs positions that are known while
 # tracing, and those of a program are data.
 AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
+FORWARD_MODE = ("xla", "reference")  # those that jax.jvp and jax.linearize go through
+_NO_FORWARD_MODE = (
+    "attention backend {!r} has first derivatives in reverse mode only (jax.grad, jax.vjp); for "
+    f"jax.jvp, jax.linearize and Hessian-vector products use one of {', '.join(FORWARD_MODE)}."
+)
 _PACKAGES = {"triton": "jax-triton (pip install -e '.[cuda]')"}
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +74,7 @@ def run(name: str, call: Callable):
     if name != "auto":
         try:
             return call(_load(name))
-        except _Refusal:
+        except (_Refusal, NoSuchDerivative):
             raise
         except NotImplementedError as error:
             raise _Refusal(f"attention backend {name!r}: {error}") from error
@@ -71,6 +82,8 @@ def run(name: str, call: Callable):
     for candidate in AUTO[platform()]:
         try:
             result = call(_load(candidate))
+        except NoSuchDerivative:
+            raise
         except NotImplementedError as error:
             reasons[candidate] = str(error)
         else:
@@ -79,6 +92,47 @@ def run(name: str, call: Callable):
     raise NotImplementedError(
         f"no attention backend for a {platform()} can do this:\n" + _listed(reasons.items())
     )
+
+
+def attend(
+    name: str,
+    q,
+    keys,
+    values,
+    where: Where,
+    shared: Shared,
+    *,
+    options: Options,
+    needs_lse: bool = False,
+):
+    """Runs the `attend` of a backend, as `run` chooses it.
+
+    Returns:
+      (z, lse); lse is None where a backend does not give it, which `needs_lse` refuses.
+
+    Raises:
+      ValueError, NotImplementedError: as in `run`. Also where a backend without a forward mode is
+        differentiated in it; this shows when the tangent is evaluated or lowered.
+    """
+
+    def call(module):
+        # NumPy's arrays stay known while tracing, which some backends need.
+        fields = {name: x for name, x in vars(where).items() if isinstance(x, np.ndarray)}
+
+        def attend(moving, fixed):
+            (*arrays, sinks), (where, alibi) = moving, fixed
+            operands = *arrays, replace(where, **fields), Shared(sinks, alibi)
+            return module.attend(*operands, options=options)
+
+        chosen = next(n for n, path in BACKENDS.items() if path == module.__name__)
+        if chosen not in FORWARD_MODE:
+            attend = reverse_only(attend, _NO_FORWARD_MODE.format(chosen))
+        z, lse = attend((q, keys, values, shared.sinks), (where, shared.alibi))
+        if needs_lse and lse is None:
+            raise NotImplementedError("it does not give the log-sum-exp.")
+        return z, lse
+
+    return run(name, call)
 
 
 def _load(name):

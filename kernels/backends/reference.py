@@ -30,11 +30,11 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     if shared.alibi is not None:
         scores -= shared.alibi[:, None, None].astype(dtype) * distance[:, None]
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    # Where nothing is read, -inf takes part in no sum: its gradient would be nan.
+    nothing = ~visible.any(-1)[:, None, :, None]
     if shared.sinks is not None:
         sink = jnp.broadcast_to(shared.sinks.astype(dtype)[:, None, None], (B, N, T, 1))
         scores = jnp.concatenate([scores, sink], axis=-1)
-    # Where nothing is read, -inf takes part in no sum: its gradient would be nan.
-    nothing = jnp.isneginf(scores).all(-1, keepdims=True)
     lse = jax.nn.logsumexp(jnp.where(nothing, 0, scores), axis=-1, keepdims=True)
     weights = jnp.where(nothing, 0, jnp.exp(scores - lse))[..., :S]
     lse = jnp.where(nothing, -jnp.inf, lse)[..., 0]

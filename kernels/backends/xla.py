@@ -9,7 +9,6 @@ scores are [B, K, T, G, S].
 """
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from kernels.blocks import Blocks
 from kernels.cells import is_ring, ring_positions, write_one
 from kernels.operands import Shared, Where
 from kernels.options import Options
+from kernels.tracing.linear import linear_call
 from kernels.tracing.partition import vary_like
 
 QUERY_ROWS = 256
@@ -48,23 +48,25 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
 
 
 # moving: q, keys, values and sinks, which have gradients; fixed: the rest.
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, moving, fixed):
+def _plain(options, moving, fixed):
     (q, keys, values, sinks), (where, alibi) = moving, fixed
     blocks = Blocks((keys, values), batched=True)
     return _forward(q, blocks, where, Shared(sinks, alibi), options)
 
 
-def _attend_fwd(options, moving, fixed):
-    z, lse = _attend(options, moving, fixed)
-    return (z, lse), (moving, fixed, z, lse)
+_attend = jax.custom_jvp(_plain)
 
 
-def _attend_bwd(options, residuals, cotangents):
-    return _backward(options, residuals, cotangents), None
+@_attend.defjvp
+def _attend_jvp(primals, tangents):
+    results = _attend(*primals)
+    return results, linear_call(_tangent, _backward, (primals, results), tangents[1], results)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+def _tangent(residuals, tangents):
+    """Tangents of z and the log-sum-exp, as JAX derives them."""
+    (options, moving, fixed), _ = residuals
+    return jax.jvp(lambda moving: _plain(options, moving, fixed), (moving,), (tangents,))[1]
 
 
 def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
@@ -123,13 +125,13 @@ def _forward(q, blocks, where, shared, options):
         mixed = jnp.zeros((*rows, values.shape[-1]), dtype)
         state = vary_like((*state, mixed), q)
         peak, total, mixed = masking.loop(query, step, state)
+        empty = total == 0
         if shared.sinks is not None:
             sink = _grouped_heads(shared.sinks.astype(dtype), num_kv_heads)
             new_peak = jnp.maximum(peak, sink)
             shrink = jnp.exp(peak - new_peak)
             mixed, total = mixed * shrink[..., None], total * shrink + jnp.exp(sink - new_peak)
             peak = new_peak
-        empty = total == 0
         total = jnp.where(empty, 1, total)
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
         return (mixed / total[..., None]).astype(q.dtype), lse
@@ -139,9 +141,9 @@ def _forward(q, blocks, where, shared, options):
     return _untile(jax.lax.map(read, queries) if several else read(queries), q, several)
 
 
-def _backward(options, residuals, cotangents):
+def _backward(residuals, cotangents):
     """Gradients of q, keys, values and sinks, by recomputing the weights from the log-sum-exp."""
-    (q, keys, values, sinks), (where, alibi), z, lse = residuals
+    (options, (q, keys, values, sinks), (where, alibi)), (z, lse) = residuals
     dz, dlse = cotangents
     num_kv_heads = keys.shape[1]
     blocks = Blocks((keys, values), batched=True)
@@ -178,8 +180,8 @@ def _backward(options, residuals, cotangents):
     )
     dsinks = None
     if sinks is not None:
-        # A query that reads nothing has no weight for a sink of -inf either.
-        weights = jnp.exp(sinks - jnp.where(jnp.isneginf(lse), 0, lse))
+        # Where a query reads nothing, its results are constants and no weight goes to the sinks.
+        weights = jnp.exp(sinks - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
         dsinks = -jnp.einsum("btn,btn->n", weights, delta).astype(sinks.dtype)
     return (
         _untile(dq, q, several).astype(q.dtype),

@@ -19,11 +19,12 @@ from jax.interpreters import ad, batching, mlir
 from kernels.tracing.partition import vary_like
 
 
-def linear_call(fun: Callable, transpose: Callable, residuals: Any, operands: Any) -> Any:
+def linear_call(
+    fun: Callable, transpose: Callable, residuals: Any, operands: Any, results: Any = None
+) -> Any:
     """Calls `fun(residuals, operands)`, which is linear in its operands.
 
-    All arguments and results are pytrees. Neither function may close over tracers. Pass the same
-    function objects again for the same map, so that it is traced only once.
+    All arguments and results are pytrees. Neither function may close over tracers.
 
     Args:
       fun: `fun(residuals, operands) -> results`. Where the residuals have tangents, JAX
@@ -33,6 +34,8 @@ def linear_call(fun: Callable, transpose: Callable, residuals: Any, operands: An
         differentiated too.
       residuals: what the map depends on; they may hold integers and None.
       operands: arrays of floating-point numbers.
+      results: arrays of the shapes and dtypes of the results, if they are known: reverse mode then
+        never traces `fun`. None: it is traced for them, once if it is always the same object.
 
     Returns:
       What `fun` returns.
@@ -48,9 +51,18 @@ def linear_call(fun: Callable, transpose: Callable, residuals: Any, operands: An
                 "its operands, so they must be floating-point. Pass integers as residuals."
             )
     residuals, operands = vary_like((residuals, operands), (residuals, operands))
+    if results is None:
+        results = jax.eval_shape(fun, residuals, operands)
+    shapes, out_tree = jax.tree.flatten(results)
     flat, tree = jax.tree.flatten((residuals, operands))
-    out_tree = _jitted.trace(*map(jax.typeof, flat), fun=fun, tree=tree).out_tree
-    results = linear_call_p.bind(*flat, fun=fun, transpose=transpose, tree=tree, out_tree=out_tree)
+    results = linear_call_p.bind(
+        *flat,
+        fun=fun,
+        transpose=transpose,
+        tree=tree,
+        out_tree=out_tree,
+        shapes=tuple((x.shape, x.dtype) for x in shapes),
+    )
     return jax.tree.unflatten(out_tree, results)
 
 
@@ -58,26 +70,18 @@ linear_call_p = core.Primitive("linear_call")
 linear_call_p.multiple_results = True
 
 
-def _run(*flat, fun, tree):
-    return vary_like(fun(*jax.tree.unflatten(tree, flat)), flat)
-
-
-_jitted = jax.jit(_run, static_argnames=("fun", "tree"))  # it remembers what it has traced
-
-
 @linear_call_p.def_impl
-def _leaves(*flat, fun, tree, transpose, out_tree):
-    del transpose, out_tree
-    return jax.tree.leaves(_run(*flat, fun=fun, tree=tree))
+def _run(*flat, fun, tree, **_):
+    return vary_like(jax.tree.leaves(fun(*jax.tree.unflatten(tree, flat))), flat)
 
 
 @linear_call_p.def_abstract_eval
-def _(*avals, fun, tree, transpose, out_tree):
-    del transpose, out_tree
-    return _jitted.trace(*avals, fun=fun, tree=tree).jaxpr.out_avals
+def _(*avals, shapes, **_):
+    like = lambda *arrays: vary_like([jnp.zeros(*shape) for shape in shapes], arrays)
+    return jax.make_jaxpr(like)(*avals).out_avals
 
 
-mlir.register_lowering(linear_call_p, mlir.lower_fun(_leaves, multiple_results=True))
+mlir.register_lowering(linear_call_p, mlir.lower_fun(_run, multiple_results=True))
 dispatch.prim_requires_devices_during_lowering.add(linear_call_p)  # see `primitive.define`
 
 
@@ -101,15 +105,14 @@ def _jvp(primals, tangents, **params):
             given = list(residuals)
             for n, x in zip(moving, arrays, strict=True):
                 given[n] = x
-            return _leaves(*given, *operands, **params)
+            return _run(*given, *operands, **params)
 
         pairs = [(residuals[n], of_residuals[n]) for n in moving]
         changes.append(jax.jvp(of_moving, *zip(*pairs, strict=True))[1])
     return results, [sum(terms[1:], terms[0]) for terms in zip(*changes, strict=True)]
 
 
-def _transpose(cotangents, *flat, fun, transpose, tree, out_tree):
-    del fun
+def _transpose(cotangents, *flat, transpose, tree, out_tree, **_):
     residuals, operands = _parts(tree, flat)
     cotangents = list(map(ad.instantiate_zeros, cotangents))
     residuals_tree, operands_tree = tree.children()
@@ -130,11 +133,10 @@ def _transpose(cotangents, *flat, fun, transpose, tree, out_tree):
     ]
 
 
-def _batch(axis, flat, dims, *, fun, transpose, tree, out_tree):
+def _batch(axis, flat, dims, *, fun, transpose, tree, out_tree, shapes):
+    rest = {"tree": tree, "out_tree": out_tree}
     if all(dim is None for dim in dims):
-        results = linear_call_p.bind(
-            *flat, fun=fun, transpose=transpose, tree=tree, out_tree=out_tree
-        )
+        results = linear_call_p.bind(*flat, fun=fun, transpose=transpose, shapes=shapes, **rest)
         return results, [None] * len(results)
     mapped = partial(
         jax.vmap,
@@ -156,7 +158,11 @@ def _batch(axis, flat, dims, *, fun, transpose, tree, out_tree):
         return jax.tree.unflatten(structure, leaves)
 
     results = linear_call_p.bind(
-        *flat, fun=mapped(fun, in_axes=in_axes), transpose=back, tree=tree, out_tree=out_tree
+        *flat,
+        fun=mapped(fun, in_axes=in_axes),
+        transpose=back,
+        shapes=tuple(((axis.size, *shape), dtype) for shape, dtype in shapes),
+        **rest,
     )
     return results, [0] * len(results)
 

@@ -1,0 +1,56 @@
+"""A function that has gradients in reverse mode, once; any other derivative is refused in words.
+
+Left to itself, JAX would speak of the `custom_vjp` or the kernel that it met inside.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from kernels.tracing.linear import linear_call
+
+
+class NoSuchDerivative(NotImplementedError):
+    """A function was differentiated in forward mode, or twice."""
+
+
+def reverse_only(fun: Callable, message: str) -> Callable:
+    """Makes `fun(moving, fixed)` refuse all derivatives but one in reverse mode.
+
+    JAX takes the same first step in both modes, and which one is meant shows later: in reverse mode
+    tangents are transposed away, so they are never computed.
+
+    Args:
+      fun: a function of two pytrees of arrays, with gradients for the first.
+      message: what the error says.
+
+    Returns:
+      The function. It raises NoSuchDerivative when a tangent is evaluated or, under jit, when it is
+      lowered, if not before.
+    """
+    forward = _undifferentiated(
+        lambda moving, fixed: jax.vjp(lambda moving: fun(moving, fixed), moving), message
+    )
+    backward = _undifferentiated(lambda pull, cotangents: pull(cotangents)[0], message)
+
+    def refuse(*_):
+        raise NoSuchDerivative(message)
+
+    run = jax.custom_jvp(fun)
+
+    @run.defjvp
+    def _(primals, tangents):
+        results, pull = forward(*primals)
+        return results, linear_call(refuse, backward, pull, tangents[0], results)
+
+    return run
+
+
+def _undifferentiated(fun, message):
+    fun = jax.custom_jvp(fun)
+
+    @fun.defjvp
+    def _(*_):
+        raise NoSuchDerivative(message)
+
+    return fun
