@@ -3,9 +3,10 @@
 There is one block, of what the *last* layer has made of each token, and every layer reads it. The
 idea is strong: also the first layer sees the best that is known of the tokens before.
 
-The rule it breaks: a token cannot read what it has not written yet. `turn.read` refuses that. Here
-the turn that `write_read` returns is thrown away, so that each layer writes a cell that is
-forgotten, to read the cells of the tokens before.
+The rule it breaks: a token reads a block only after it has written it, once. `turn.read` refuses
+what is not written yet. Here the turn that `write_read` returns is thrown away instead: each layer
+writes a cell that is forgotten, to read the cells of the tokens before, so that the block is
+written several times.
 
 What it would cost: token t's first layer waits for token t - 1's last. The chain of instructions is
 T x L long instead of L, as `transformer.depth` says, and the sequential mode is the only one. Run
