@@ -10,6 +10,7 @@ from transformer.memory.fold import Fold
 from transformer.memory.memory import Memory
 from transformer.memory.softmax import Softmax
 from transformer.modes.depth import depth
+from transformer.modes.contract import check_contract
 from transformer.modes.schedule import run
 from transformer.presets import presets
 from transformer.program.init import init_cache, init_params
@@ -28,6 +29,7 @@ __all__ = [
     "Params",
     "Softmax",
     "Window",
+    "check_contract",
     "depth",
     "generate",
     "init_cache",
