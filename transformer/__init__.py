@@ -9,8 +9,8 @@ from transformer.memory.cells import Cells, Window
 from transformer.memory.fold import Fold
 from transformer.memory.memory import Memory
 from transformer.memory.softmax import Softmax
-from transformer.modes.depth import depth
 from transformer.modes.contract import check_contract
+from transformer.modes.depth import depth
 from transformer.modes.schedule import run
 from transformer.presets import presets
 from transformer.program.init import init_cache, init_params
