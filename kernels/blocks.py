@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @partial(
@@ -34,29 +35,30 @@ class Blocks:
 
     def take(self):
         """The block of the one layer, with an axis of sequences: arrays [B, block]."""
+        block = self.take_as_it_lies()
+        return block if self.batched else jax.tree.map(lambda x: x[None], block)
 
-        def one(x):
-            if self.layer is not None:
-                x = jax.lax.dynamic_index_in_dim(x, self.layer, int(self.batched), keepdims=False)
-            return x if self.batched else x[None]
-
+    def take_as_it_lies(self):
+        """The block of the one layer: arrays [B, block] where `batched`, else [block]."""
+        if self.layer is None:
+            return self.arrays
+        one = partial(
+            jax.lax.dynamic_index_in_dim, index=self.layer, axis=int(self.batched), keepdims=False
+        )
         return jax.tree.map(one, self.arrays)
 
     def put(self, block):
         """The arrays with the one layer's block, [B, block], in place of what it was."""
+        return self.put_as_it_lies(block if self.batched else jax.tree.map(lambda x: x[0], block))
 
-        def one(x, new):
-            new = new if self.batched else new[0]
-            if self.layer is None:
-                return new
-            return jax.lax.dynamic_update_index_in_dim(x, new, self.layer, int(self.batched))
-
+    def put_as_it_lies(self, block):
+        """`put` of a block as `take_as_it_lies` gives it."""
+        if self.layer is None:
+            return block
+        one = partial(jax.lax.dynamic_update_index_in_dim, index=self.layer, axis=int(self.batched))
         return jax.tree.map(one, self.arrays, block)
 
     def index(self, row, *within):
         """Where a slice of the arrays begins: sequence `row`, layer, then the block's own axes."""
-        return [
-            *([row] if self.batched else []),
-            *([] if self.layer is None else [self.layer]),
-            *within,
-        ]
+        front = [*([row] if self.batched else []), *([] if self.layer is None else [self.layer])]
+        return [jnp.asarray(n, jnp.int32) for n in (*front, *within)]

@@ -91,13 +91,14 @@ def take(block, index):
     return jax.vmap(partial(jnp.take, axis=1))(block, index)
 
 
-def write_one(blocks: Blocks, cells, cell):
+def write_one(blocks: Blocks, cells, cell, axis: int = 1):
     """Writes one cell of each sequence, in place.
 
     Args:
-      blocks: arrays of blocks [K, S, H].
+      blocks: arrays of blocks [K, S, ...]; or [S, ...], with axis 0.
       cells: [B or 1] int32, the cell of each sequence.
-      cell: the new cell, a pytree of arrays [B, 1, K, H].
+      cell: the new cell, a pytree of arrays [B, 1, K, ...]; or [B, 1, ...].
+      axis: which axis of a block is that of its S cells.
 
     Returns:
       The arrays of the blocks.
@@ -105,13 +106,17 @@ def write_one(blocks: Blocks, cells, cell):
 
     def row(b, arrays):
         slot = cells[b if cells.shape[0] > 1 else 0]
-        at = blocks.index(b, 0, jnp.maximum(slot, 0), 0)
 
         def one(x, new):
-            new = jax.lax.dynamic_index_in_dim(new, b, keepdims=False).swapaxes(0, 1)  # [K, 1, H]
-            new = new.reshape((1,) * (x.ndim - 3) + new.shape).astype(x.dtype)
+            new = jax.lax.dynamic_index_in_dim(new, b, keepdims=False)[0]
+            new = jnp.expand_dims(new, axis).astype(x.dtype)
+            size = x.shape[x.ndim - new.ndim + axis]
+            inside = (slot >= 0) & (slot < size)
+            at = blocks.index(
+                b, *(jnp.maximum(slot, 0) if n == axis else 0 for n in range(new.ndim))
+            )
+            new = new.reshape((1,) * (x.ndim - new.ndim) + new.shape)
             old = jax.lax.dynamic_slice(x, at, new.shape)
-            inside = (slot >= 0) & (slot < x.shape[-2])
             return jax.lax.dynamic_update_slice(x, jnp.where(inside, new, old), at)
 
         return jax.tree.map(one, arrays, cell)

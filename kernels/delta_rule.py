@@ -53,13 +53,13 @@ def step(state, i, q, k, v, g, beta):
     """
     dtype = q.dtype
     state, q, k, v, g, beta = _prepare(state, i, q, k, v, g, beta)
-    state = jnp.where(i == 0, 0, state) * jnp.exp(g)[:, None, None]
-    # Sums of products are one pass over the state and, unlike an einsum, float32 on every device.
-    held = (state * k[:, :, None]).sum(1)
-    state = state + k[:, :, None] * (beta[:, None] * (v - held))[:, None, :]
-    # Without the barrier XLA makes the new state once for each use, from a copy of the old one.
-    state = jax.lax.optimization_barrier(state)
-    return state, (state * q[:, :, None]).sum(1).astype(dtype)
+    # What the new state holds under q is read from the old one, together with what that holds under
+    # k: one pass, after which the state can change in place.
+    held, asked = jnp.moveaxis(_product(jnp.stack([k, q], 1), state), 1, 0)
+    kept = lambda x: jnp.where(i == 0, 0, x * jnp.exp(g).reshape(g.shape + (1,) * (x.ndim - 1)))
+    new = beta[:, None] * (v - kept(held))
+    z = kept(asked) + (q * k).sum(1, keepdims=True) * new
+    return kept(state) + k[:, :, None] * new[:, None, :], z.astype(dtype)
 
 
 def chunk(state, i, q, k, v, g, beta):

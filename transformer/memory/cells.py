@@ -1,13 +1,13 @@
 """Memories that keep cells one by one, and read them by a function written for one query."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 import kernels.cells
+from kernels.blocks import Blocks
 from transformer.memory.memory import Memory, where
 
 
@@ -80,6 +80,16 @@ class Cells(Memory):
         i, places = (jnp.broadcast_to(x, (len(_leaf(block)), i.shape[1])) for x in (i, places))
         return jax.vmap(row)(written, i, places, queries)
 
+    def in_place(self, blocks: Blocks, i, cells, queries, shared):
+        """One token of each sequence: one cell changes, and the read is where the cells lie."""
+        arrays = kernels.cells.write_one(blocks, i[:, 0], cells, axis=0)
+        written = replace(blocks, arrays=arrays)
+        return arrays, self.read_in_place(written, i, queries, shared)
+
+    def read_in_place(self, blocks: Blocks, i, queries, shared):
+        """One token of each sequence reads where the cells lie."""
+        return one_token(lambda *token: self._read(*token, shared), blocks, i, queries)
+
     def _read(self, i, query, block, shared):
         # Padding looks at cell 0, and what it reads is dropped: a read of nothing may make a nan.
         visible = jnp.arange(len(_leaf(block)), dtype=jnp.int32) <= jnp.maximum(i, 0)
@@ -90,8 +100,9 @@ class Cells(Memory):
 class Window(Memory):
     """The last `size` cells, the token's own included: short convolutions, token shift.
 
-    A block has the shapes of a cell with an axis of size - 1 cells in front, in the order of their
-    positions. For windows of more than a few dozen cells, `Softmax(window=...)` is the better way.
+    A block has the shapes of a cell with an axis of `size` cells in front: a ring, in which
+    position p lies in cell p % size. For windows of more than a few dozen cells,
+    `Softmax(window=...)` is the better way.
 
     Attributes:
       size: how many positions a token sees, its own included; at least 1.
@@ -108,47 +119,89 @@ class Window(Memory):
             raise ValueError(f"size={self.size}; a window holds at least 1 cell, the token's own.")
 
     def empty(self, capacity, cell):
-        """Returns size - 1 cells of zeros."""
-        return jax.tree.map(lambda x: jnp.zeros((self.size - 1, *x.shape), x.dtype), cell)
+        """Returns `size` cells of zeros."""
+        return jax.tree.map(lambda x: jnp.zeros((self.size, *x.shape), x.dtype), cell)
 
     def step(self, block, i, cell, query, shared):
-        """Appends the cell, reads, and drops the oldest."""
-        append = lambda x, new: jnp.concatenate([x, new[None].astype(x.dtype)])
-        cells = jax.tree.map(append, block, cell)
-        z = self.read(query, cells, self._visible(i), shared)
-        block = where(i >= 0, jax.tree.map(lambda x: x[1:], cells), block)
-        return block, where(i >= 0, z, 0)
+        """Writes cell i, and reads the window in the order of positions."""
+        at = jnp.maximum(i, 0) % self.size
 
-    def depth(self, length):
-        """All tokens read at once."""
-        return 1
+        def write(x, new):
+            new = jnp.where(i >= 0, new.astype(x.dtype), x[at])
+            return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+
+        block = jax.tree.map(write, block, cell)
+        return block, self._read(i, query, self._in_order(block, i + 1), shared)
 
     def chunk(self, block, i, cells, queries, shared):
-        """Reads for all tokens from the block and the chunk behind it, shifted `size` times."""
-        if len(i) == 1:
-            return self._scan(block, i, cells, queries, shared)
-        append = lambda x, new: jnp.concatenate([x, new.astype(x.dtype)])
-        cells = jax.tree.map(append, block, cells)
-        shifted = lambda x: jnp.stack([x[n : n + len(i)] for n in range(self.size)], axis=1)
-        windows = jax.tree.map(shifted, cells)
-        visible = jax.vmap(self._visible)(i)
-        z = jax.vmap(self.read, in_axes=(0, 0, 0, None))(queries, windows, visible, shared)
-        count = jnp.sum(i >= 0, dtype=jnp.int32)
-        last = lambda x: jax.lax.dynamic_slice_in_dim(x, count, self.size - 1, 0)
-        return jax.tree.map(last, cells), where_tokens(i, z)
+        """T tokens of one sequence."""
+        one = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        block, z = self.rows(one(block), i[None], one(cells), one(queries), shared)
+        return jax.tree.map(lambda x: x[0], (block, z))
+
+    def rows(self, block, i, cells, queries, shared):
+        """Reads from the ring in order and the chunk behind it, shifted `size` times."""
+        cells = jax.tree.map(lambda x, like: x.astype(like.dtype), cells, block)
+
+        def row(i, queries, block, cells):
+            def windows(before, new):
+                row = jnp.concatenate([before[1:], new])
+                return jnp.stack([row[n : n + len(new)] for n in range(self.size)], axis=1)
+
+            seen = jax.tree.map(windows, self._in_order(block, i[0]), cells)
+            return jax.vmap(lambda *token: self._read(*token, shared))(i, queries, seen)
+
+        shared_i = i.shape[0] == 1
+        over_rows = jax.vmap(row, in_axes=(None if shared_i else 0, 0, 0, 0))
+        z = over_rows(i[0] if shared_i else i, queries, block, cells)
+        write = lambda x, new: kernels.cells.write_last(flat(x), i, flat(new), ring=True)
+        return jax.tree.map(lambda x, new: write(x, new).reshape(x.shape), block, cells), z
 
     def documents(self, capacity, block, i, cells, queries, shared):
         """As `rows`: what lies before a document's position 0 is never visible."""
         return self.rows(block, i, cells, queries, shared)
 
-    def _visible(self, i):
+    def in_place(self, blocks: Blocks, i, cells, queries, shared):
+        """One token of each sequence: one cell of the ring changes."""
+        slots = jnp.where(i[:, 0] < 0, -1, i[:, 0] % self.size)
+        written = replace(blocks, arrays=kernels.cells.write_one(blocks, slots, cells, axis=0))
+        return written.arrays, self.read_in_place(written, i, queries, shared)
+
+    def read_in_place(self, blocks: Blocks, i, queries, shared):
+        """One token of each sequence reads the ring."""
+
+        def token(i, query, block):
+            return self._read(i, query, self._in_order(block, i + 1), shared)
+
+        return one_token(token, blocks, i, queries)
+
+    def _in_order(self, block, stop):
+        """The ring in the order of positions, the last one before `stop`."""
+        places = (stop + jnp.arange(self.size, dtype=jnp.int32)) % self.size
+        return jax.tree.map(lambda x: jnp.take(x, places, axis=0), block)
+
+    def _read(self, i, query, cells, shared):
         places = jnp.arange(self.size - 1, -1, -1, dtype=jnp.int32)
-        return jnp.maximum(i, 0) - places >= 0  # padding sees its own cell, as in Cells
+        visible = jnp.maximum(i, 0) - places >= 0  # padding sees its own cell, as in Cells
+        return where(i >= 0, self.read(query, cells, visible, shared), 0)
 
 
-def where_tokens(i, z):
-    """z [T, ...] with zeros for padding."""
-    return jax.vmap(partial(where, old=0))(i >= 0, z)
+def one_token(token, blocks: Blocks, i, queries):
+    """`token(i, query, block) -> z` for one token of each sequence: z with the axes [B, 1]."""
+    block = blocks.take_as_it_lies()
+    if not blocks.batched:
+        z = token(i[0, 0], jax.tree.map(lambda x: x[0, 0], queries), block)
+        return jax.tree.map(lambda x: x[None, None], z)
+    shared_i = i.shape[0] == 1
+    over_rows = jax.vmap(token, in_axes=(None if shared_i else 0, 0, 0))
+    queries = jax.tree.map(lambda x: x[:, 0], queries)
+    z = over_rows(i[0, 0] if shared_i else i[:, 0], queries, block)
+    return jax.tree.map(lambda x: x[:, None], z)
+
+
+def flat(x):
+    """Cells [B, S or T, ...] as a kernel takes them: [B, 1, S or T, numbers of a cell]."""
+    return x.reshape(*x.shape[:2], -1)[:, None]
 
 
 def _leaf(block):
@@ -157,9 +210,5 @@ def _leaf(block):
 
 def _write(block, i, cells):
     """Writes cells [B, T, ...] into blocks [B, S, ...] at consecutive places i [B or 1, T]."""
-
-    def write(x, new):
-        flat = lambda x: x.reshape(*x.shape[:2], -1)[:, None]  # [B, 1, S or T, numbers of a cell]
-        return kernels.cells.write(flat(x), i, flat(new.astype(x.dtype))).reshape(x.shape)
-
-    return jax.tree.map(write, block, cells)
+    write = lambda x, new: kernels.cells.write(flat(x), i, flat(new.astype(x.dtype)))
+    return jax.tree.map(lambda x, new: write(x, new).reshape(x.shape), block, cells)

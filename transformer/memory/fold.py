@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.memory.cells import where_tokens
-from transformer.memory.memory import Memory, over_rows, where
+from transformer.memory.memory import Memory, over_rows, where, where_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +61,14 @@ class Fold(Memory):
         return max(1, (length - 1).bit_length())
 
     def _chunk(self, block, i, cells, queries, shared, packed):
-        if len(i) == 1:
-            return self._scan(block, i, cells, queries, shared)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cells)
         identity = _cast(self.empty(None, one), block)
         cells = jax.vmap(lambda real, cell: where(real, cell, identity))(
             i >= 0, _cast(cells, block)
         )
         first = where(i[0] == 0, identity, block)
+        if len(i) == 1:
+            return self._token(first, i[0], *jax.tree.map(lambda x: x[0], (cells, queries)), shared)
         elements = jax.tree.map(lambda x, new: jnp.concatenate([x[None], new]), first, cells)
         combine = jax.vmap(self.combine)
         if packed:
@@ -81,6 +80,12 @@ class Fold(Memory):
         z = jax.vmap(self.read, in_axes=(0, 0, None))(queries, states, shared)
         last = _cast(jax.tree.map(lambda x: x[-1], states), block)
         return where((i >= 0).any(), last, block), where_tokens(i, z)
+
+    def _token(self, block, i, cell, query, shared):
+        """One token, of which padding is the identity: the state is used once, and in place."""
+        state = _cast(self.combine(block, cell), block)
+        z = where(i >= 0, self.read(query, state, shared), 0)
+        return state, jax.tree.map(lambda x: x[None], z)
 
     def _key(self):
         """What makes two folds equal; arrays in the identity are compared by their bytes."""

@@ -11,6 +11,8 @@ Two conventions hold in every memory:
   block holds. Documents packed in one row are positions that begin again at 0.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -99,8 +101,14 @@ class Memory:
         Returns:
           (arrays, z), with the arrays in the form of `blocks.arrays`.
         """
-        block, z = self.rows(blocks.take(), i, cells, queries, shared)
-        return blocks.put(block), z
+        if blocks.batched:
+            block, z = self.rows(blocks.take(), i, cells, queries, shared)
+            return blocks.put(block), z
+        # Without an axis of sequences: a state that a loop carries would be copied for its sake.
+        one = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        block = blocks.take_as_it_lies()
+        block, z = self.chunk(block, i[0], one(cells), one(queries), shared)
+        return blocks.put_as_it_lies(block), jax.tree.map(lambda x: x[None], z)
 
     def read_in_place(self, blocks: Blocks, i, queries, shared):
         """One token of each sequence reads a block in which its cell is written.
@@ -141,3 +149,8 @@ def where(condition, new, old):
     if isinstance(old, int):
         return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), new)
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def where_tokens(i, z):
+    """z [T, ...] with zeros for padding."""
+    return jax.vmap(partial(where, old=0))(i >= 0, z)
