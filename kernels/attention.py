@@ -29,10 +29,14 @@ def attention(
 ):
     """Causal attention by position: a query at position i reads the keys at start..i.
 
+    Differentiable in q, k, v and sinks: in reverse mode, and with the backends "xla" and
+    "reference" in forward mode too (jax.jvp, jax.linearize, Hessian-vector products).
+
     Args:
       q: [B, T, N, H] floating.
-      k, v: [B, S, K, H]; N must be a multiple of K. What cells hold that no query sees changes
-        nothing, as long as it is finite: most backends multiply it by 0.
+      k, v: [B, S, K, H] and [B, S, K, Hv]; N must be a multiple of K. The heads of keys and values
+        may have different sizes, as in latent attention (arXiv:2405.04434). What cells hold that no
+        query sees changes nothing, as long as it is finite: most backends multiply it by 0.
       q_positions: [B or 1, T] int; None: 0..T-1. Negative marks padding, which reads nothing.
       kv_positions: [B or 1, S] int; None: 0..S-1. Negative marks an empty cell.
       kv_length: [B], or one number: keys from there on are empty cells. None: S.
@@ -50,13 +54,15 @@ def attention(
       return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-      z [B, T, N, H] in q's dtype, zero where a query reads nothing; or (z, lse) with lse [B, T, N]
-      in float32, -inf where a query reads nothing.
+      z [B, T, N, Hv] in q's dtype, zero where a query reads nothing; or (z, lse) with lse
+      [B, T, N], in float32 or wider: the log-sum-exp of the scores and the sink, -inf where a query
+      reads nothing, whether there are sinks or not.
 
     Raises:
       ValueError: the shapes do not fit together, an option is out of its range, or there is no such
         backend.
-      TypeError: an array has the wrong kind of numbers, or window is no integer.
+      TypeError: an operand is not an array, or holds the wrong kind of numbers, or the window is
+        not an integer.
       NotImplementedError: the backend cannot do what is asked, for the reason given.
     """
     _check_heads(q, k, v)
@@ -74,14 +80,13 @@ def attention(
             raise ValueError(f"{name} has shape {jnp.shape(x)}; it is [N={N}], one per query head.")
     options = Options(H**-0.5 if scale is None else scale, window, soft_cap)
 
-    narrow = lambda x: None if x is None else x.astype(np.int32)
-    q_positions, kv_positions, q_starts = map(narrow, (q_positions, kv_positions, q_starts))
+    q_positions, kv_positions, q_starts = map(_narrow, (q_positions, kv_positions, q_starts))
     if segments is not None:
         if q_starts is not None or kv_positions is not None:
             raise ValueError("segments goes without q_starts and kv_positions; give one of them.")
         q_starts = _starts(*_segment_pair(segments, B, T, S), q_positions)
     if kv_length is not None:
-        length = _lengths(kv_length, B)
+        length = _lengths(kv_length, B, S)
         if window is None and alibi is None and kv_positions is None:
             q_positions = jnp.minimum(q_positions, length - 1)  # only where the read ends
         else:
@@ -96,24 +101,36 @@ def attention(
 
 
 def _check_heads(q, k, v):
-    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
-    if not fits or 0 in (*q.shape, *k.shape):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{name} is a {type(x).__name__}; attention takes arrays.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} holds {x.dtype}; attention takes floating-point numbers.")
+    fits = q.ndim == k.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3]
+    if not fits or v.ndim != 4 or 0 in (*q.shape, *k.shape, *v.shape):
         raise ValueError(
-            f"attention takes q [B, T, N, H] and k, v [B, S, K, H], none of them empty; got q "
-            f"{q.shape}, k {k.shape}, v {v.shape}."
+            "attention takes q [B, T, N, H], k [B, S, K, H] and v [B, S, K, Hv], none of them "
+            f"empty; got q {q.shape}, k {k.shape}, v {v.shape}."
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"{q.shape[2]} query heads cannot share {k.shape[2]} key/value heads: "
             "the first must be a multiple of the second."
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} holds {x.dtype}; attention takes floating-point numbers.")
 
 
 def _array(x):
     return x if x is None or isinstance(x, jax.Array) else np.asarray(x)
+
+
+def _narrow(x):
+    """Positions in int32; those that do not fit become the last one, or -1."""
+    if x is None:
+        return None
+    limits = jnp.iinfo(x.dtype)
+    if limits.max > jnp.iinfo(jnp.int32).max:
+        x = x.clip(max(limits.min, -1), jnp.iinfo(jnp.int32).max)
+    return x.astype(np.int32)
 
 
 def _check_rows(name, x, rows, length):
@@ -159,12 +176,12 @@ def _starts(of_queries, of_keys, q_positions):
     return jnp.where(of_keys == of_queries, first, jnp.iinfo(jnp.int32).max)
 
 
-def _lengths(kv_length, B):
-    """[B or 1, 1]."""
+def _lengths(kv_length, B, S):
+    """[B or 1, 1] int32, at most S."""
     length = jnp.asarray(kv_length)
     if length.shape not in ((), (1,), (B,)) or not jnp.issubdtype(length.dtype, jnp.integer):
         raise ValueError(
             f"kv_length holds {length.dtype} of shape {length.shape}; it is an integer, or [{B}] "
             "of them, one per row."
         )
-    return length.reshape(-1, 1)
+    return length.clip(0, S).astype(jnp.int32).reshape(-1, 1)

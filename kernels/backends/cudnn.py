@@ -25,6 +25,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
             f"it runs on CUDA GPUs, and this is a {platform()}": platform() != "gpu",
             "it takes float16 and bfloat16 only": jnp.dtype(q.dtype).itemsize != 2,
             "queries and keys must have one dtype": q.dtype != keys.dtype,
+            "the heads of keys and values must have one size": keys.shape != values.shape,
             "it has no positions of keys": where.kv_positions is not None,
             "it has no first positions (packed documents)": where.q_starts is not None,
             "it has no sinks": shared.sinks is not None,

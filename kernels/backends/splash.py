@@ -63,7 +63,7 @@ def attend(
         float64, a `shard_map` that checks what varies, or this is no TPU.
     """
     B, T, N, _ = q.shape
-    _check(q, keys, where, shared, interpret)
+    _check(q, keys, values, where, shared, interpret)
     rows = where.q_positions, where.q_starts, shared.sinks
     operands = (q, keys, values, *rows)
     if jax.device_count() == 1:
@@ -139,7 +139,7 @@ def _run(options, interpret, q, keys, values, q_positions, q_starts, sinks):
     return (jnp.where(empty[:, :, None, None], 0, z).astype(q.dtype),)
 
 
-def _check(q, keys, where, shared, interpret):
+def _check(q, keys, values, where, shared, interpret):
     num_cells = keys.shape[2]
     if platform() != "tpu" and not interpret:
         raise NotImplementedError(
@@ -150,6 +150,8 @@ def _check(q, keys, where, shared, interpret):
         raise NotImplementedError("it has no float64.")
     if varying(q):
         raise NotImplementedError("inside shard_map it takes check_vma=False.")
+    if keys.shape != values.shape:
+        raise NotImplementedError("the heads of keys and values must have one size.")
     if where.kv_positions is not None:
         raise NotImplementedError("it has no positions of keys.")
     if shared.alibi is not None:

@@ -17,11 +17,13 @@ TARGETS = {"triton": ("gpu", 90), "splash": ("tpu",), "cudnn": ("gpu", 90)}
 BACKENDS = ("xla", "triton_interpret", "splash_interpret", *TARGETS)
 # What a backend cannot do, and says itself (test_limits_are_said). CUDNN holds limits of cuDNN: of
 # GPUs before Hopper, of a backward pass that adds in any order, and of lengths with a gradient.
-SPLASH = {"alibi", "kv_positions", "lse"}
+SPLASH = {"alibi", "kv_positions", "lse", "value size"}
 ONE_QUERY = {"q_positions", "kv_length"}  # for several queries only; for one, it lacks windows
 NO_MODE = {"q_starts", "sinks", "soft_cap", "float32", "mixed dtypes"}
 CUDNN = {"H=256", "same bits", "gradient of odd length"}
 LACKS = dict.fromkeys(BACKENDS, frozenset()) | {
+    "triton": {"value size"},
+    "triton_interpret": {"value size"},
     "splash": SPLASH,
     "splash_interpret": SPLASH,
     "cudnn": SPLASH | ONE_QUERY | NO_MODE | CUDNN,
@@ -81,7 +83,8 @@ def problems(draw, lacks=()):
         lacks = lacks - ONE_QUERY | {"window"} if T == 1 else lacks
     maybe = lambda name: name not in lacks and draw(st.booleans())
     normal = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape), dtype), np.float64)
-    arrays = {"q": normal(B, T, K * G, H), "k": normal(B, S, K, H), "v": normal(B, S, K, H)}
+    Hv = draw(st.sampled_from([H, 24])) if "value size" not in lacks else H
+    arrays = {"q": normal(B, T, K * G, H), "k": normal(B, S, K, H), "v": normal(B, S, K, Hv)}
     if maybe("sinks"):
         arrays["sinks"] = normal(K * G)
     rows = draw(st.sampled_from([1, B]))
@@ -119,10 +122,12 @@ def function(options, backend, lse=True, gradient=True):
         result = attention(**arrays, **options, backend=backend, return_lse=lse)
         z, log_sum = result if lse else (result, jnp.zeros(()))
         # A query that reads nothing has a log-sum-exp of -inf, which has no gradient.
-        finite = jnp.where(jnp.isneginf(log_sum), 0, log_sum)
+        nothing = jnp.isneginf(log_sum)
+        finite = jnp.where(nothing, 0, log_sum)
         weights = jnp.cos(jnp.arange(z.size)).reshape(z.shape)
         wide = jnp.promote_types(z.dtype, jnp.float32)
-        return (jnp.sin(z.astype(wide)) * weights).sum() + 0.1 * finite.sum(), (z, finite)
+        total = (jnp.sin(z.astype(wide)) * weights).sum() + 0.1 * finite.sum()
+        return total, (z, finite, nothing)
 
     return jax.grad(loss, has_aux=True) if gradient else lambda arrays: (None, loss(arrays)[1])
 
@@ -194,7 +199,7 @@ def test_cells_that_no_query_sees_change_nothing(backend):
         spoiled[name] = np.where(unseen[:, :, None, None], garbage, arrays[name])
     clean, dirty = (run(x, options, backend, jnp.float32, False) for x in (arrays, spoiled))
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-    gradients, (z, _) = dirty
+    gradients, (z, *_) = dirty
     assert (gradients["k"][unseen] == 0).all()
     assert (gradients["v"][unseen] == 0).all()
     assert (z[1] == 0).all()

@@ -47,6 +47,8 @@ def attend(
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
     """
     B, _, N, _ = q.shape
+    if keys.shape != values.shape:
+        raise NotImplementedError("the heads of keys and values must have one size.")
     dtype = q.dtype if q.dtype.itemsize < keys.dtype.itemsize else keys.dtype
 
     def rows(x):
@@ -176,8 +178,8 @@ def _backward(
     )
     if sinks is None:
         return dq, dkeys, dvalues
-    # A query that reads nothing has no weight for a sink of -inf either.
-    weights = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), 0, lse))
+    # Where a query reads nothing, its results are constants and no weight goes to the sinks.
+    weights = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
     return dq, dkeys, dvalues, -(weights * delta).sum(2)
 
 

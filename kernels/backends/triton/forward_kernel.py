@@ -118,12 +118,8 @@ def forward_kernel(
     if HAS_ALIBI:
         slope = tl.load(alibi + head)
     mixed = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
-    if HAS_SINKS:
-        peak = tl.full([BLOCK_M], 0.0, tl.float32) + tl.load(sinks + head) * LOG2E
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
-    else:
-        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.full([BLOCK_M], 0.0, tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_M], 0.0, tl.float32)
     mixed, total, peak = _read(
         (mixed, total, peak),
         query,
@@ -140,6 +136,14 @@ def forward_kernel(
         HAS_ALIBI=HAS_ALIBI,
         BLOCK_N=BLOCK_N,
     )
+    if HAS_SINKS:  # the sink joins where something is read, so that the rest is still known
+        sink = tl.where(total == 0, float("-inf"), tl.load(sinks + head) * LOG2E)
+        new_peak = tl.maximum(peak, sink)
+        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - reference)
+        total = total * shrink + tl.exp2(sink - reference)
+        mixed *= shrink[:, None]
+        peak = new_peak
     mixed /= tl.where(total == 0, 1.0, total)[:, None]
     store_rows(z, offsets, H, inside, mixed, H, WIDTH)
     tl.store(lse + head * T + rows, (peak + tl.log2(total)) * LN2, mask=inside)
