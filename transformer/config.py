@@ -50,11 +50,12 @@ class Latent:
     Keys and values of all heads are made from one latent vector a token, and that is what a cell
     holds, with one small key that carries the position and that all heads share.
 
-    rank: numbers of the latent vector (512 in DeepSeek-V2).
-    query_rank: numbers of the latent vector that queries are made from; None: from x itself.
-    rotary_size: numbers of the key that carries the position; even.
-    value_size: numbers of a head's value; None: the head size, which is that of the part of a key
-      that carries no position.
+    Attributes:
+      rank: numbers of the latent vector (512 in DeepSeek-V2).
+      query_rank: numbers of the latent vector that queries are made from; None: from x itself.
+      rotary_size: numbers of the key that carries the position; even.
+      value_size: numbers of a head's value; None: the head size, which is that of the part of a key
+        that carries no position.
     """
 
     rank: int
@@ -79,10 +80,11 @@ class Latent:
 class Delta:
     """The sizes of a gated delta rule (Gated DeltaNet, arXiv:2412.06464, as in Qwen3-Next).
 
-    num_key_heads, num_value_heads: heads of queries and keys, and of values; the second is a
-      multiple of the first. None: num_heads of the config.
-    key_size, value_size: numbers of a head; None: the head size of the config.
-    convolution: tokens that the short convolution before the rule sees, its own included.
+    Attributes:
+      num_key_heads, num_value_heads: heads of queries and keys, and of values; the second is a
+        multiple of the first. None: num_heads of the config.
+      key_size, value_size: numbers of a head; None: the head size of the config.
+      convolution: tokens that the short convolution before the rule sees, its own included.
     """
 
     num_key_heads: int | None = None
@@ -103,15 +105,16 @@ class Delta:
 class RotaryScaling:
     """How rotary frequencies stretch to contexts longer than those of training.
 
-    kind: "linear" (arXiv:2306.15595), "ntk" (a larger base, by bloc97), "llama3" (Llama 3.1) or
-      "yarn" (arXiv:2309.00071).
-    factor: how many times longer the context becomes.
-    original_max_length: the length of training; for llama3 and yarn.
-    low_frequency_factor, high_frequency_factor: llama3: wavelengths over original_max_length / low
-      are divided by factor, those under original_max_length / high are kept.
-    beta_fast, beta_slow: yarn: rotations over the original context, above and below which a
-      frequency is kept and divided.
-    attention_factor: yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1.
+    Attributes:
+      kind: "linear" (arXiv:2306.15595), "ntk" (a larger base, by bloc97), "llama3" (Llama 3.1) or
+        "yarn" (arXiv:2309.00071).
+      factor: how many times longer the context becomes.
+      original_max_length: the length of training; for llama3 and yarn.
+      low_frequency_factor, high_frequency_factor: llama3: wavelengths over original_max_length /
+        low are divided by factor, those under original_max_length / high are kept.
+      beta_fast, beta_slow: yarn: rotations over the original context, above and below which a
+        frequency is kept and divided.
+      attention_factor: yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1.
     """
 
     kind: str
@@ -155,42 +158,43 @@ class Config:
 
     A field that is None where a size belongs follows from other fields; `shape` has all sizes.
 
-    vocab_size, max_length: tokens of the vocabulary, and how many positions there are at most.
-    num_layers, width: L and E.
-    num_heads, num_kv_heads, head_size: N, K (None: N) and H (None: E / N).
-    feed_forward_width: F; None: 4 E.
-    layer_kinds: how layers let tokens reach each other, one kind or a pattern that repeats over the
-      layers: "attention"; "latent" (see `Latent`); "delta" (see `Delta`). Three layers of the delta
-      rule and one of attention are ("delta", "delta", "delta", "attention").
-    latent, delta: the sizes of layers of these kinds.
-    num_shared_kv_layers: so many layers at the end have no block of their own, but read again that
-      of the last attention layer before them that has the same window (Gemma 3n).
-    positions: "rotary" (arXiv:2104.09864), "learned", "alibi" (arXiv:2108.12409) or "none".
-    rotary_base, rotary_fraction, rotary_scaling: the base of the frequencies, the part of each head
-      that turns, and how frequencies are stretched.
-    rotary_window_base: the base for layers with a window (Gemma 3), whose frequencies are then not
-      stretched; None: as in the other layers.
-    norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer (pre), after its
-      residual sum (post), or before it and on its output (both, as in Gemma 2).
-    feed_forward: "gelu" (in its tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
-    biases: on no projection, on q/k/v only (Qwen 2), or on all but those of experts.
-    qk_norm: whether `norm` acts on each head of q and k.
-    window: how many positions a layer sees: None (all), a number, or a pattern of both that repeats
-      over the layers, as (512, 512, None).
-    attention_scale: the factor on q.k; None: 1 / sqrt(H).
-    attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) on scores and logits; None: off.
-    attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
-    parallel_residual: whether attention and feed-forward read the same input (GPT-J).
-    tie_embeddings: whether the output matrix is the embedding.
-    embedding_scale: the factor on token embeddings (Gemma: sqrt(E)).
-    num_experts, experts_per_token: a mixture of experts where num_experts > 0; the gates of the
-      chosen experts are renormalised by a softmax over them (Mixtral).
-    scan_layers: whether the layers run as one compiled loop; compile time is then flat in
-      num_layers.
-    remat: "none"; "segments" saves what the instructions take and give, and computes the rest again
-      in the backward pass; "dots" also saves the results of matrix products.
-    dtype: "float32", "bfloat16" or, with JAX's jax_enable_x64, "float64": the type of activations.
-      Parameters are float32.
+    Attributes:
+      vocab_size, max_length: tokens of the vocabulary, and how many positions there are at most.
+      num_layers, width: L and E.
+      num_heads, num_kv_heads, head_size: N, K (None: N) and H (None: E / N).
+      feed_forward_width: F; None: 4 E.
+      layer_kinds: how layers let tokens reach each other, one kind or a pattern that repeats over
+        the layers: "attention"; "latent" (see `Latent`); "delta" (see `Delta`). Three layers of the
+        delta rule and one of attention are ("delta", "delta", "delta", "attention").
+      latent, delta: the sizes of layers of these kinds.
+      num_shared_kv_layers: so many layers at the end have no block of their own, but read again
+        that of the last attention layer before them that has the same window (Gemma 3n).
+      positions: "rotary" (arXiv:2104.09864), "learned", "alibi" (arXiv:2108.12409) or "none".
+      rotary_base, rotary_fraction, rotary_scaling: the base of the frequencies, the part of each
+        head that turns, and how frequencies are stretched.
+      rotary_window_base: the base for layers with a window (Gemma 3), whose frequencies are then
+        not stretched; None: as in the other layers.
+      norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer (pre), after its
+        residual sum (post), or before it and on its output (both, as in Gemma 2).
+      feed_forward: "gelu" (in its tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
+      biases: on no projection, on q/k/v only (Qwen 2), or on all but those of experts.
+      qk_norm: whether `norm` acts on each head of q and k.
+      window: how many positions a layer sees: None (all), a number, or a pattern of both that
+        repeats over the layers, as (512, 512, None).
+      attention_scale: the factor on q.k; None: 1 / sqrt(H).
+      attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) on scores and logits; None: off.
+      attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
+      parallel_residual: whether attention and feed-forward read the same input (GPT-J).
+      tie_embeddings: whether the output matrix is the embedding.
+      embedding_scale: the factor on token embeddings (Gemma: sqrt(E)).
+      num_experts, experts_per_token: a mixture of experts where num_experts > 0; the gates of the
+        chosen experts are renormalised by a softmax over them (Mixtral).
+      scan_layers: whether the layers run as one compiled loop; compile time is then flat in
+        num_layers.
+      remat: "none"; "segments" saves what the instructions take and give, and computes the rest
+        again in the backward pass; "dots" also saves the results of matrix products.
+      dtype: "float32", "bfloat16" or, with JAX's jax_enable_x64, "float64": the type of
+        activations. Parameters are float32.
 
     Raises:
       ValueError: a choice that does not exist, or sizes that do not fit together.

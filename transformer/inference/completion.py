@@ -12,10 +12,12 @@ from transformer.data.tokenizer import IncrementalDecoder, Tokenizer
 class Completion:
     """What a model wrote after a prompt.
 
-    text: the tokens decoded, without what stopped it.
-    tokens: ids of all new tokens; the last one is, or completes, what stopped it, if anything did.
-    logprobs: the model's log-probability of each token, before temperature and filters.
-    finish_reason: "stop" or "length".
+    Attributes:
+      text: the tokens decoded, without what stopped it.
+      tokens: ids of all new tokens; the last one is, or completes, what stopped it, if anything
+        did.
+      logprobs: the model's log-probability of each token, before temperature and filters.
+      finish_reason: "stop" or "length".
     """
 
     text: str
@@ -28,9 +30,10 @@ class Completion:
 class Piece:
     """The next piece of a completion.
 
-    index: of the prompt.
-    text: what is new, in whole characters.
-    completion: the whole, with the last piece only.
+    Attributes:
+      index: of the prompt.
+      text: what is new, in whole characters.
+      completion: the whole, with the last piece only.
     """
 
     index: int

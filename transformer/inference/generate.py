@@ -72,8 +72,9 @@ def stream(
     the beginning of a stop text is held back until that is known.
 
     Args:
-      model, prompts, **options: as in `generate`, and so are the errors, raised before anything
-        runs.
+      model: as in `generate`.
+      prompts: as in `generate`.
+      **options: as in `generate`, and so are the errors, raised before anything runs.
       every: how many tokens run between two pieces of a text, 1 to MAX_STEPS: text comes sooner
         with fewer, and faster with more.
     """

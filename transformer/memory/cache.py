@@ -50,7 +50,7 @@ class Cache:
         Args:
           capacity: how many positions must fit, at least 1.
           blocks: for each block in order a pair (memory, cell): a `Memory`, and a pytree of the
-            shapes of one cell, given as `jax.ShapeDtypeStruct`s, arrays, or tuples of ints, which
+            shapes of one cell, each a `jax.ShapeDtypeStruct`, an array, or a tuple of ints, which
             mean float32.
           repeats: as in `Cache`; None: blocks are not stacked.
 

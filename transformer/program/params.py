@@ -11,10 +11,13 @@ from transformer.program.linear import Linear, Norm
 class Params:
     """All parameters of a transformer, float32.
 
-    embedding: [V, E]. positions: [max_length, E] where they are learned.
-    layers: one `Layer` per layer; where layers are scanned, one per layer of the window pattern,
-      whose arrays have a leading axis of repeats.
-    output: [E, V] where it is not tied to the embedding.
+    Attributes:
+      embedding: [V, E].
+      layers: one `Layer` per layer; where layers are scanned, one per layer of the pattern that
+        repeats, whose arrays have a leading axis of repeats.
+      positions: [max_length, E] where they are learned; else None.
+      final_norm: before the logits; None where `norm_placement` is "post".
+      output: [E, V]; None where it is tied to the embedding.
     """
 
     embedding: jax.Array

@@ -25,7 +25,13 @@ _COMPUTATION = {"remat", "dtype"}
 
 @dataclass(frozen=True)
 class Model:
-    """What it takes to use a model: the architecture, the parameters and the tokenizer."""
+    """What it takes to use a model.
+
+    Attributes:
+      config: the architecture.
+      params: the parameters.
+      tokenizer: from text to tokens, and back.
+    """
 
     config: Config
     params: Params

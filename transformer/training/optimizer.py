@@ -15,17 +15,18 @@ _MATRICES = {"weight", "router", "up", "gate", "down"}
 class OptimizerConfig:
     """How parameters follow their gradients.
 
-    name: "adamw" (arXiv:1711.05101) or "muon" (K. Jordan 2024; arXiv:2502.16982): the matrices of
-      the layers by Muon, everything else by Adam.
-    learning_rate: the peak, above 0.
-    warmup_steps: steps of linear growth before the peak, fewer than all steps.
-    final_fraction: the cosine ends at final_fraction * learning_rate; 0..1.
-    b1, b2, eps: Adam's decay rates, in [0, 1), and the term in its denominator.
-    weight_decay: decoupled, times the learning rate; on `layer_matrices` only.
-    clip_norm: gradients of a larger global norm are scaled down to it; None: never.
-    momentum: Muon's, in [0, 1).
-    adam_learning_rate: the peak for what Muon leaves to Adam; None: learning_rate. Muon's updates
-      are scaled to the root mean square of Adam's, so one rate goes for both.
+    Attributes:
+      name: "adamw" (arXiv:1711.05101) or "muon" (K. Jordan 2024; arXiv:2502.16982): the matrices of
+        the layers by Muon, everything else by Adam.
+      learning_rate: the peak, above 0.
+      warmup_steps: steps of linear growth before the peak, fewer than all steps.
+      final_fraction: the cosine ends at final_fraction * learning_rate; 0..1.
+      b1, b2, eps: Adam's decay rates, in [0, 1), and the term in its denominator.
+      weight_decay: decoupled, times the learning rate; on `layer_matrices` only.
+      clip_norm: gradients of a larger global norm are scaled down to it; None: never.
+      momentum: Muon's, in [0, 1).
+      adam_learning_rate: the peak for what Muon leaves to Adam; None: learning_rate. Muon's updates
+        are scaled to the root mean square of Adam's, so one rate goes for both.
 
     Raises:
       ValueError: a name that does not exist, or a value out of its range.
