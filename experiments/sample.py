@@ -6,7 +6,6 @@ printed one after the other; with --json, one object per sample and line.
 
 import dataclasses
 import json
-import os
 import sys
 
 from absl import flags
@@ -56,9 +55,6 @@ def main(argv):
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough; Python's own last flush must not fail too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _in_order(pieces, count):

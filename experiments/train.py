@@ -35,7 +35,8 @@ from transformer.storage.checkpoint import CheckpointError, Checkpoints
 from transformer.storage.model import Model, write_description
 from transformer.training.evaluation import evaluate, make_eval_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/demo.py")
+with cli.flag_errors():
+    _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/demo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 
 
@@ -45,6 +46,8 @@ def main(argv):
     workdir = Path(_WORKDIR.value)
     cli.outlive_readers()
     cli.print_notices()
+    with cli.flag_errors():
+        _CONFIG.value.keys()  # where its file could not be read, ml_collections says so only now
     with cli.user_errors(ValueError, OSError, CheckpointError, NotImplementedError):
         run = prepare(read_config(_CONFIG.value), workdir)
     if run is not None:

@@ -27,19 +27,10 @@ def start(main: Callable[[list[str]], None]) -> None:
 
     def parse(argv):
         try:
-            rest = flags.FLAGS(argv)[1:]
-        except SystemExit:  # absl has printed the help that was asked for, and exits with 1
-            sys.exit()
-        # ml_collections reports a field that does not exist in several ways.
-        except (
-            flags.Error,
-            AttributeError,
-            LookupError,
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:
-            fail(describe(error, argv))
+            with flag_errors():
+                rest = flags.FLAGS(argv)[1:]
+        except SystemExit as ended:  # absl prints the help that was asked for, and exits with 1
+            sys.exit(0 if ended.code == 1 else ended.code)
         if rest:
             fail(f"unexpected argument {rest[0]!r}; options are given as --name=value.")
         return argv[:1]
@@ -55,7 +46,27 @@ def start(main: Callable[[list[str]], None]) -> None:
             logging.getLogger(name).propagate = False
         main(argv)
 
-    app.run(quiet_main, flags_parser=parse)
+    try:
+        app.run(quiet_main, flags_parser=parse)
+    except BrokenPipeError:  # `| head` has read enough; Python's own last flush must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def flag_errors() -> Iterator[None]:
+    """Ends the program with one line where the body, which reads flags, finds them wrong.
+
+    The flag of a config reads others where it is defined: that is such a body too.
+    """
+    # ml_collections reports a field that does not exist in several ways.
+    kinds = AttributeError, LookupError, OSError, SyntaxError, ValueError
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (flags.Error, *kinds) as error:
+        fail(describe(error, sys.argv))
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class Data:
       Python's standard library.
     separator: the text between the documents of a file; None: each file is a document.
     document_length: documents of more characters are cut, at the ends of lines; None: only where
-      all the corpus is one document, which is cut into at most 100 pieces.
+      all the corpus is one document, which is cut into about 100 pieces.
     tokenizer: "bytes", or "bpe" trained on the training documents.
     vocab_size: V of "bpe".
     batch_size, length: B and T of one step, over all devices of the process.

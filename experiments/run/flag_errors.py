@@ -9,10 +9,13 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
     text = _innermost(error)
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}, is not Python: {error.msg}."
-    if "get_config" in text:
+    if "no attribute 'get_config'" in text:
         return "the file of --config has no function get_config, which returns the config."
     if "Traceback" in text:  # of the config file
         return text.strip().splitlines()[-1]
+    missing = re.search(r"Attempted \[.*?\]:\s+(\S+)\s+\[Errno 2\]", text)
+    if missing:
+        return f"the file of --config, {missing[1]}, does not exist."
     none = re.match(r"Override (\S+)\.\w+ can not be applied", text)
     if none:
         return (

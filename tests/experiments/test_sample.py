@@ -6,31 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
-from transformer.data.tokenizer import byte_tokenizer
 from transformer.inference.generate import generate
-from transformer.presets import presets
-from transformer.program.program import init_params
-from transformer.storage.model import Model, save
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"max_new_tokens": 24, "temperature": 0.9, "top_k": 100, "top_p": 0.95, "seed": 5}
 FLAGS = [f"--{name}={value}" for name, value in OPTIONS.items()]
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = presets["tiny"].replace(num_layers=1, width=32, feed_forward_width=64)
-    return Model(config, init_params(config, jax.random.key(0)), byte_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("sample") / "model"
-    save(model, path)
-    return path
 
 
 PROGRAM = [sys.executable, "-m", "experiments.sample"]
@@ -46,30 +28,31 @@ def sample(*flags):
     )
 
 
+PROMPTS = ["ab", "ab", "longer é prompt", "longer é prompt"]
+
+
 def test_json_is_what_generate_returns(model, saved):
-    prompts = ["ab", "ab", "longer é prompt", "longer é prompt"]
     result = sample(
         f"--workdir={saved}", "--prompt=ab", "--prompt=longer é prompt", "--num_samples=2",
         "--stop=x", "--stop=yz", "--json", *FLAGS,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     printed = [json.loads(line) for line in result.stdout.splitlines()]
-    completions = generate(model, prompts, stop=["x", "yz"], **OPTIONS)
-    for prompt, row, completion in zip(prompts, printed, completions, strict=True):
+    completions = generate(model, PROMPTS, stop=["x", "yz"], **OPTIONS)
+    for prompt, row, completion in zip(PROMPTS, printed, completions, strict=True):
         assert row.pop("prompt") == prompt
         # The same program of the same machine gives the same numbers.
         assert row == vars(completion)
 
 
 def test_text_of_several_prompts_comes_one_after_the_other(model, saved):
-    prompts = ["ab", "longer é prompt"]
-    flags = [f"--prompt={prompt}" for prompt in prompts]
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
     result = sample(f"--workdir={saved}", *flags, *FLAGS)
     assert result.returncode == 0, result.stderr
-    texts = [completion.text for completion in generate(model, prompts, **OPTIONS)]
+    texts = [completion.text for completion in generate(model, PROMPTS, **OPTIONS)]
     expected = "".join(
-        f"=== {n} of 2 ===\n{prompt}{text}\n"
-        for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1)
+        f"=== {n} of 4 ===\n{prompt}{text}\n"
+        for n, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True), 1)
     )
     # subprocess reads every line break, also those that the model wrote, as \n.
     assert result.stdout.splitlines() == expected.splitlines()

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-# How a corpus of a single document is cut where nobody says how: into so many pieces, unless they
-# would be shorter than this.
+# How a corpus of a single document is cut where nobody says how: into about so many pieces, unless
+# they would be shorter than this.
 PIECES, SHORTEST_PIECE = 100, 1000
 
 

@@ -1,0 +1,27 @@
+"""What the peers need is listed."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+PEERS = Path(__file__).parents[3] / "experiments" / "peers"
+PACKAGES = {"absl": "absl-py"}  # where the name of the import is not that of the package
+
+
+@pytest.mark.parametrize("path", sorted(PEERS.glob("*.py")), ids=lambda path: path.stem)
+def test_all_that_a_peer_imports_is_listed(path):
+    listed = re.findall(r"^([\w-]+)", (PEERS / "requirements.txt").read_text(), re.MULTILINE)
+    imported = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
+    }
+    assert {PACKAGES.get(name, name) for name in imported - sys.stdlib_module_names} <= set(listed)

@@ -1,0 +1,86 @@
+"""What the programs share on the command line."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from experiments.run import cli
+
+
+def test_errors_of_the_user_are_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, cli.user_errors(ValueError):
+        raise ValueError("two\n  lines")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+    with pytest.raises(SystemExit) as ended, cli.user_errors(RuntimeError, status=1):
+        raise RuntimeError("step 3")
+    assert ended.value.code == 1
+    with pytest.raises(KeyError), cli.user_errors(ValueError):
+        raise KeyError("a bug keeps its traceback")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "error: /a/b: No space left on device; free some space there, and run "),
+        (errno.EACCES, "error: /a/b: Permission denied.\n"),
+    ],
+)
+def test_errors_of_the_system_name_the_path(capsys, number, message):
+    import os
+
+    with pytest.raises(SystemExit), cli.user_errors(OSError):
+        raise OSError(number, os.strerror(number), "/a/b")
+    assert capsys.readouterr().err.startswith(message)
+
+
+PROGRAM = """
+import logging
+from experiments.run import cli
+
+def main(argv):
+    {first}
+    log = logging.getLogger("transformer.any")
+    log.info("known")
+    log.warning("careful")
+    print("\\N{{SNOWMAN}}")
+
+cli.start(main)
+"""
+
+
+def program(first, *flags, **options):
+    command = [sys.executable, "-c", PROGRAM.format(first=first), *flags]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_warnings_are_printed_and_other_notices_where_they_are_wanted():
+    result = program("pass", env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": "."})
+    assert (result.stdout, result.stderr) == ("\\u2603\n", "warning: careful\n")
+    result = program("cli.print_notices()", "--unknown")
+    assert result.returncode == 2 and result.stderr.startswith("error: Unknown command line flag")
+    result = program("cli.print_notices()")
+    assert (result.stdout, result.stderr) == ("known\n\N{SNOWMAN}\n", "warning: careful\n")
+
+
+def test_a_reader_that_leaves_is_outlived():
+    first = "cli.outlive_readers(); [print('line') for _ in range(10**5)]; open({!r}, 'w').close()"
+    script = PROGRAM.format(first=first.format("/dev/null"))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe) as process:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b"warning: careful\n"
+    assert process.returncode == 0
+
+
+def test_tables_fit_80_columns(capsys):
+    headings = ["case", *(f"figure {n}" for n in range(6))]
+    name = "a name of several words that is too long for one line"
+    cli.print_table("A title", headings, [[name, *["123.4"] * 6]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(word in "\n".join(lines) for word in name.split())
+    assert any(line.split()[-6:] == ["123.4"] * 6 for line in lines)
