@@ -55,23 +55,6 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
         assert part in record.getMessage()
 
 
-def test_a_single_file_is_cut_and_that_is_said(tmp_path, caplog):
-    text = "a line of text\n" * 1000
-    (tmp_path / "book.txt").write_text(text)
-    with caplog.at_level(logging.INFO):
-        corpus = read_corpus(f"{tmp_path}/book.txt")
-    assert "".join(document.text for document in sorted(corpus, key=piece_number)) == text
-    assert {name.partition(":")[0] for name, _ in corpus} == {"book.txt"}
-    [record] = caplog.records
-    assert f"one document of 15,000 characters, which is cut into {len(corpus)} pieces" in (
-        record.getMessage()
-    )
-
-
-def piece_number(document):
-    return int(document.name.partition(":")[2])
-
-
 def test_a_separator_and_a_length_cut_documents(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     (tmp_path / "b.txt").write_text("four")
@@ -82,6 +65,7 @@ def test_a_separator_and_a_length_cut_documents(tmp_path, caplog):
         both = read_corpus(path, separator="\n\n", document_length=3)
         assert [text for _, text in both] == ["one", "two", "thr", "ee", "fou", "r"]
         assert len(read_corpus(path)) == 2
+        assert read_corpus(f"{tmp_path}/b.txt") == [("b.txt", "four")]
     assert not caplog.records
 
 
