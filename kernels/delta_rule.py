@@ -54,8 +54,10 @@ def step(state, i, q, k, v, g, beta):
     dtype = q.dtype
     state, q, k, v, g, beta = _prepare(state, i, q, k, v, g, beta)
     # What the new state holds under q is read from the old one, together with what that holds under
-    # k: one pass, after which the state can change in place.
-    held, asked = jnp.moveaxis(_product(jnp.stack([k, q], 1), state), 1, 0)
+    # k: one pass, after which the state can change in place. At 0 the old state may be nan, so
+    # neither what is read from it counts, nor the gradients of k and q by it.
+    read = jnp.where(i == 0, 0, jnp.stack([k, q], 1))
+    held, asked = jnp.moveaxis(_product(read, state), 1, 0)
     kept = lambda x: jnp.where(i == 0, 0, x * jnp.exp(g).reshape(g.shape + (1,) * (x.ndim - 1)))
     new = beta[:, None] * (v - kept(held))
     z = kept(asked) + (q * k).sum(1, keepdims=True) * new
