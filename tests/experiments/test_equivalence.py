@@ -38,7 +38,6 @@ def test_it_prints_a_row_for_each_way(saved):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--preset=gpt5", "--preset=gpt5 does not exist"),
         ("--length=1", "--length=1"),
         ("--attention=fast", "attention backend 'fast' does not exist"),
         ("--workdir=nowhere", "nowhere"),

@@ -13,8 +13,7 @@ from transformer.inference.generate import generate
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"max_new_tokens": 24, "temperature": 0.9, "top_k": 100, "top_p": 0.95, "seed": 5}
 FLAGS = [f"--{name}={value}" for name, value in OPTIONS.items()]
-
-
+PROMPTS = ["ab", "ab", "longer é prompt", "longer é prompt"]
 PROGRAM = [sys.executable, "-m", "experiments.sample"]
 
 
@@ -26,9 +25,6 @@ def sample(*flags):
         capture_output=True,
         encoding="utf-8",
     )
-
-
-PROMPTS = ["ab", "ab", "longer é prompt", "longer é prompt"]
 
 
 def test_json_is_what_generate_returns(model, saved):
@@ -72,12 +68,9 @@ def test_a_reader_that_leaves_is_no_error(saved):
     [
         (["--prompt=a", "--workdir=nowhere"], "nowhere"),
         (["--prompt=a", "--top_p=0"], "top_p=0.0"),
-        (["--prompt=a", "--attention=fast"], "attention backend 'fast' does not exist"),
         (["--prompt=a", "--attention=splash"], "attention backend 'splash': "),
-        (["--prompt="], "prompt 0 is empty"),
         (["--prompt=a", "--max_new_tokens=1000"], "max_new_tokens=1000"),
         (["--prompt=a", "--num_samples=0"], "num_samples"),
-        (["--prompt=a", "--temprature=1"], "temprature"),
         ([], "prompt"),
     ],
 )
