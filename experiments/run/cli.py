@@ -128,9 +128,11 @@ def print_notices() -> list[str]:
 
 
 def outlive_readers() -> None:
-    """Makes it no error to print what nobody reads any more, as after `| head`; it is lost."""
+    """From now on what cannot be printed is lost, and no error: after `| head` nobody reads it."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:  # closed from the start
+            continue
         stream.flush()
         binary = io.BufferedWriter(_Unread(stream.fileno(), "wb", closefd=False))
         wrapper = io.TextIOWrapper(
@@ -140,12 +142,12 @@ def outlive_readers() -> None:
 
 
 class _Unread(io.FileIO):
-    """A pipe that takes what is written also when its reader has gone."""
+    """A file that takes what is written also when there is no longer anything behind it."""
 
     def write(self, data):
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError:  # a pipe without a reader, a terminal that is gone, a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return super().write(data)
 

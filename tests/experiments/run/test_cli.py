@@ -1,6 +1,7 @@
 """What the programs share on the command line."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -29,8 +30,6 @@ def test_errors_of_the_user_are_one_line(capsys):
     ],
 )
 def test_errors_of_the_system_name_the_path(capsys, number, message):
-    import os
-
     with pytest.raises(SystemExit), cli.user_errors(OSError):
         raise OSError(number, os.strerror(number), "/a/b")
     assert capsys.readouterr().err.startswith(message)
@@ -66,14 +65,21 @@ def test_warnings_are_printed_and_other_notices_where_they_are_wanted():
 
 
 def test_a_reader_that_leaves_is_outlived():
-    first = "cli.outlive_readers(); [print('line') for _ in range(10**5)]; open({!r}, 'w').close()"
-    script = PROGRAM.format(first=first.format("/dev/null"))
+    script = PROGRAM.format(first="cli.outlive_readers(); [print('line') for _ in range(10**5)]")
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe) as process:
         assert process.stdout.readline() == b"line\n"
         process.stdout.close()
         assert process.stderr.read() == b"warning: careful\n"
     assert process.returncode == 0
+
+
+def test_a_full_disk_behind_stdout_is_outlived():
+    with open("/dev/full", "w") as full:
+        script = PROGRAM.format(first="cli.outlive_readers()")
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "warning: careful\n")
 
 
 def test_tables_fit_80_columns(capsys):
