@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from transformer.checks import whole_number
+from transformer.numerics.log_softmax import cross_entropy
 
 NO_LIMIT = np.iinfo(np.int32).max
 GROUP = 256
@@ -101,7 +102,8 @@ def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.A
         lambda: draw(key, warp(usable, sampling)),
         lambda: jnp.argmax(usable),
     )
-    return token.astype(jnp.int32), logits[token] - jax.nn.logsumexp(logits)
+    token = token.astype(jnp.int32)
+    return token, -cross_entropy(logits, token)[0]
 
 
 def draw(key: jax.Array, logits: jax.Array) -> jax.Array:

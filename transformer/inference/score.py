@@ -8,6 +8,7 @@ import numpy as np
 
 from transformer.checks import token_ids
 from transformer.modes.schedule import parallel
+from transformer.numerics.log_softmax import cross_entropy
 from transformer.program.init import init_cache
 from transformer.program.program import program
 
@@ -56,7 +57,6 @@ def _scorer(config, numerics):
         positions = jnp.arange(len(tokens), dtype=jnp.int32)
         positions = jnp.where(positions < length, positions, -1)
         logits = parallel(f, params, init_cache(config, len(tokens)), tokens, positions)[1]
-        logprobs = jax.nn.log_softmax(logits[:-1])
-        return jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0]
+        return -cross_entropy(logits[:-1], tokens[1:])[0]
 
     return compute

@@ -8,9 +8,10 @@ import numpy as np
 
 from transformer.config import Config
 from transformer.data.batches import Batch
+from transformer.numerics.log_softmax import cross_entropy
 from transformer.program.params import Params
 from transformer.program.program import program
-from transformer.training.loss import compute_logits, cross_entropy, row_cache
+from transformer.training.loss import compute_logits, row_cache
 
 
 def make_eval_step(config: Config, attention: str = "auto") -> Callable[[Params, Batch], jax.Array]:

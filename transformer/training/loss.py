@@ -1,4 +1,4 @@
-"""The loss: cross entropy over the logits of the parallel mode."""
+"""The loss: a mean of cross entropies over the logits of the parallel mode."""
 
 from collections.abc import Callable
 
@@ -8,40 +8,8 @@ import jax.numpy as jnp
 from transformer.data.batches import Batch
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
+from transformer.numerics.log_softmax import cross_entropy
 from transformer.program.init import init_cache
-
-
-@jax.custom_vjp
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy and log-sum-exp of logits.
-
-    Args:
-      logits: [..., V] float32 (or wider).
-      targets: [...] int32 in 0..V-1.
-
-    Returns:
-      nll [...] in nats, the log-sum-exp minus the target's logit; and the log-sum-exp [...].
-    """
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return lse - target, lse
-
-
-def _cross_entropy_fwd(logits, targets):
-    nll, lse = cross_entropy(logits, targets)
-    return (nll, lse), (logits, targets, lse)
-
-
-# Left to JAX, the gradient would be a sum of two arrays [..., V], one of them a scatter into zeros.
-def _cross_entropy_bwd(residuals, cotangents):
-    logits, targets, lse = residuals
-    dnll, dlse = (x[..., None] for x in cotangents)
-    softmax = jnp.exp(logits - lse[..., None])
-    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    return softmax * (dnll + dlse) - jnp.where(is_target, dnll, 0), None
-
-
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def compute_logits(f, params, cache, batch):
