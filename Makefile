@@ -5,7 +5,7 @@ DEMO := runs/demo
 # Tests mostly compile, on one core each.
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=$(DEMO)
@@ -20,8 +20,12 @@ lint: .venv/tests-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# The pages of docs/, into build/docs; a warning is an error.
+docs: .venv/docs-installed
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer, please: make PYTHON=..."'
@@ -36,4 +40,8 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	if [ "$$(uname)" = Linux ]; then $(BIN)/python -m pip install --quiet --no-deps \
 		jax-cuda13-plugin==$$($(BIN)/python -c 'import jax; print(jax.__version__)'); fi
+	touch $@
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
