@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 import examples.programs
 from transformer import run
+from transformer.memory.rules import Rule
+from transformer.modes.contract import check_contract
 from transformer.modes.schedule import parallel
 
 FOLDER = pathlib.Path(examples.programs.__file__).parent
@@ -26,6 +28,16 @@ LAWFUL = (
     "looped",
     "looped_scan",
 )
+UNLAWFUL = {  # which rule each breaks, and a part of the line that does
+    "feedback": (Rule.ONCE, "turn.write_read"),
+    "shared_block": (Rule.ONCE, "turn.write_read"),
+    "written_twice": (Rule.ONCE, "turn.write_read"),
+    "out_of_order": (Rule.ONCE, "turn.write_read"),
+    "next_cell": (Rule.OWN, "turn.write_read"),
+    "list_state": (Rule.STATE, "PAST"),
+    "mean_over_positions": (Rule.APART, "pmean"),
+    "expert_choice": (Rule.APART, "all_gather"),
+}
 LENGTH, CAPACITY = 11, 16
 
 # The modes multiply the same float32 numbers in another order, and sums have up to 64 terms;
@@ -51,8 +63,9 @@ def assert_close(actual, expected):
 
 
 def test_every_program_is_listed_here_and_in_the_readme():
-    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "parts"}
-    assert files == set(LAWFUL)
+    for folder, names in ((FOLDER, LAWFUL), (FOLDER / "unlawful", UNLAWFUL)):
+        files = {path.stem for path in folder.glob("*.py")} - {"__init__", "parts"}
+        assert files == set(names)
     readme = (FOLDER.parent / "README.md").read_text()
     for path in FOLDER.rglob("*.py"):
         if path.name != "__init__.py":
@@ -86,25 +99,15 @@ def test_every_schedule_gives_the_same(name):
 def test_a_batch_is_vmap_over_sequences(name):
     """Each sequence has a cache of its own, and is at a position of its own."""
     module = example(name)
-    params, tokens = given_to(module, seed=2, length=2 * LENGTH)
-    rows, starts = tokens.reshape(2, LENGTH), np.array([0, 5])
-
-    def whole(row):
-        return run(module.program, params, module.empty(CAPACITY), row)
-
-    @jax.jit
-    def expected():
-        return [whole(row[: start + 6])[1][start:] for row, start in zip(rows, starts, strict=True)]
-
-    @jax.jit
-    def batch():
-        before = [module.empty(CAPACITY), whole(rows[1][:5])[0]]
-        caches = jax.tree.map(lambda *x: jnp.stack(x), *before)
-        parts = jnp.stack([rows[0][:6], rows[1][5:]])
-        one = lambda cache, part, start: run(module.program, params, cache, part, start)[1]
-        return jax.vmap(one)(caches, parts, starts)
-
-    assert_close(list(batch()), expected())
+    params, tokens = given_to(module, seed=2, length=15)
+    first, second, third = tokens.reshape(3, 5)
+    some = lambda cache, tokens, start: run(module.program, params, cache, tokens, start)
+    alone, batch = jax.jit(some), jax.jit(jax.vmap(some))
+    new = module.empty(CAPACITY)
+    used, _ = alone(new, first, 0)
+    rows = (new, second, 0), (used, third, 5)
+    actual = batch(*jax.tree.map(lambda *x: jnp.stack(x), *rows))
+    assert_close(actual, jax.tree.map(lambda *x: jnp.stack(x), *[alone(*row) for row in rows]))
 
 
 @lawful
@@ -127,3 +130,42 @@ def test_documents_packed_in_one_row_do_not_see_each_other(name, cuts, seed):
         _, logits = at_once(module.program, params, module.empty(CAPACITY), token, i)
         alone.append(logits[: len(document)])
     assert_close(packed[:-1], jnp.concatenate(alone))
+
+
+def contract_of(module):
+    params = module.init(jax.random.key(0))
+    return check_contract(
+        module.program, params, module.empty(CAPACITY), vocab_size=module.VOCAB_SIZE
+    )
+
+
+@lawful
+def test_the_contract_holds(name):
+    report = contract_of(example(name))
+    assert report.lawful, report
+
+
+@pytest.mark.parametrize("name", UNLAWFUL)
+def test_the_contract_names_the_rule_and_the_line(name):
+    module = example(f"unlawful.{name}")
+    report = contract_of(module)
+    assert not report.lawful
+    rule, text = UNLAWFUL[name]
+    lines = pathlib.Path(module.__file__).read_text().splitlines()
+    for violation in report.violations:
+        file, line = violation.where.rsplit(":", 1)
+        assert pathlib.Path(file) == pathlib.Path(module.__file__)
+        if violation.rule == rule:
+            assert text in lines[int(line) - 1]
+    assert report.violations[0].rule == rule
+
+
+def test_the_feedback_transformer_would_run_and_be_wrong():
+    """Its modes disagree without an error, which is why the contract is checked."""
+    module = example("unlawful.feedback")
+    params, tokens = given_to(module)
+    logits = [
+        run(module.program, params, module.empty(CAPACITY), tokens, chunk=chunk)[1]
+        for chunk in (None, 1)
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 0.01 * np.abs(logits[1]).max()
