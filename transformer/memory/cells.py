@@ -133,6 +133,10 @@ class Window(Memory):
         block = jax.tree.map(write, block, cell)
         return block, self._read(i, query, self._in_order(block, i + 1), shared)
 
+    def depth(self, length):
+        """All tokens read at once."""
+        return 1
+
     def chunk(self, block, i, cells, queries, shared):
         """T tokens of one sequence."""
         one = lambda tree: jax.tree.map(lambda x: x[None], tree)
