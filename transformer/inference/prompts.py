@@ -39,7 +39,7 @@ def prompt_tokens(
             tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)] if prompt else []
         else:
             tokens = prompt
-        if not np.size(tokens):
+        if hasattr(tokens, "__len__") and not len(tokens):
             raise ValueError(
                 f"prompt {index} is empty; for text out of nothing, give the ids "
                 f"[tokenizer.end_of_document], which is [{tokenizer.end_of_document}]."

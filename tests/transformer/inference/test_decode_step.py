@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from transformer.config import Config
-from transformer.program.program import init_cache, init_params, program
+from transformer.program.init import init_cache, init_params
+from transformer.program.program import program
 
 CONFIG = Config(vocab_size=101, max_length=4096, num_layers=2, width=48, num_heads=3)
 
