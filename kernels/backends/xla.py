@@ -114,7 +114,7 @@ def _forward(q, blocks, where, shared, options):
             peak, total, mixed = state
             key, value = masking.tile(blocks, begin, size)
             scores, visible, _ = masking.scores(query, key, begin)
-            new_peak = jnp.maximum(peak, scores.max(-1))
+            new_peak = _peak(peak, scores.max(-1))
             weights = jnp.where(visible, jnp.exp(scores - new_peak[..., None]), 0)
             shrink = jnp.exp(peak - new_peak)
             mixed = mixed * shrink[..., None] + _mix(weights, value)
@@ -128,7 +128,7 @@ def _forward(q, blocks, where, shared, options):
         empty = total == 0
         if shared.sinks is not None:
             sink = _grouped_heads(shared.sinks.astype(dtype), num_kv_heads)
-            new_peak = jnp.maximum(peak, sink)
+            new_peak = _peak(peak, sink)
             shrink = jnp.exp(peak - new_peak)
             mixed, total = mixed * shrink[..., None], total * shrink + jnp.exp(sink - new_peak)
             peak = new_peak
@@ -259,7 +259,7 @@ class _Masking:
         if self.num_cells % self.size:  # cells that the tile before has read already
             visible &= cells >= begin
         if self.slopes is not None:
-            scores -= self.slopes * distance[:, None, :, None, :]
+            scores -= self.slopes.astype(scores.dtype) * distance[:, None, :, None, :]
         visible = visible[:, None, :, None, :]
         return jnp.where(visible, scores, MASKED), visible, slope
 
@@ -345,6 +345,15 @@ def _untile(results, like, tiled):
         return jnp.moveaxis(x, 1, 2).reshape(B, T, N, *x.shape[4:])
 
     return jax.tree.map(whole, results)
+
+
+def _peak(a, b):
+    """The larger of two, as a constant: results do not depend on what is subtracted.
+
+    JAX derives a maximum by looking for what equals it, and finds nothing where XLA computes the
+    same scores twice with other roundings.
+    """
+    return jax.lax.stop_gradient(jnp.maximum(a, b))
 
 
 def _scores(q, key):
