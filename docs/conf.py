@@ -8,8 +8,11 @@ html_theme = "sphinx_book_theme"
 html_title = "Unison"
 html_show_sphinx = False
 
-# Docstrings name code in single backticks; what has a page of its own here becomes a link.
+# Docstrings name code in single backticks; what is described here becomes a link.
 default_role = "py:obj"
+autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+# A list, as of arguments: signatures show the types.
+napoleon_custom_sections = [("Attributes", "params_style")]
 python_maximum_signature_line_length = 88
 myst_heading_anchors = 3

@@ -3,21 +3,38 @@
 import re
 from pathlib import Path
 
-from transformer.program import layers
+import jax
+import pytest
+
+from transformer import Model, init_params, presets, save
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.program import attention, layers
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHOWN = {  # functions of the repository
+    layers: ("def layer(", "def combine("),
+    attention: ("def mix(spec: LayerSpec", "def project("),
+}
 
 
-def test_the_layer_is_shown_as_it_is():
-    shown = next(block for block in BLOCKS if "def layer(" in block)
+@pytest.mark.parametrize("module", SHOWN, ids=lambda module: module.__name__)
+def test_the_layer_is_shown_as_it_is(module):
+    shown = next(block for block in BLOCKS if SHOWN[module][0] in block)
     functions = shown.split("\n\n\n")
-    assert [f.split("(")[0] for f in functions] == ["def layer", "def project", "def combine"]
-    source = Path(layers.__file__).read_text()
-    assert all(f.strip() in source for f in functions)
+    assert len(functions) == len(SHOWN[module])
+    source = Path(module.__file__).read_text()
+    for function, begins in zip(functions, SHOWN[module], strict=True):
+        assert begins in function and function.strip() in source
 
 
-def test_the_schedules_run():
+def test_the_rest_runs(tmp_path, monkeypatch):
+    """From top to bottom, with a model in place of the one that `make demo` has trained."""
+    config = presets["tiny"]
+    model = Model(config, init_params(config, jax.random.key(0)), byte_tokenizer())
+    save(model, tmp_path / "runs/demo")
+    monkeypatch.chdir(tmp_path)
     names = {}
-    exec(next(block for block in BLOCKS if "init_cache(config" in block), names)
-    assert names["logits"].shape == (100, names["config"].vocab_size)
+    for block in BLOCKS:
+        if not any(functions[0] in block for functions in SHOWN.values()):
+            exec(compile(block, "example.py", "exec"), names)
