@@ -10,7 +10,8 @@ from transformer import Model, init_params, presets, save
 from transformer.data.tokenizer import byte_tokenizer
 from transformer.program import attention, layers
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHOWN = {  # functions of the repository
     layers: ("def layer(", "def combine("),
@@ -38,3 +39,13 @@ def test_the_rest_runs(tmp_path, monkeypatch):
     for block in BLOCKS:
         if not any(functions[0] in block for functions in SHOWN.values()):
             exec(compile(block, "example.py", "exec"), names)
+
+
+def test_links_lead_somewhere_and_every_room_is_named():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert not [link for link in links if not (ROOT / link).exists()]
+    named = README.partition("\n## Where things are\n")[2]
+    rooms = {
+        path.name for path in (ROOT / "transformer").iterdir() if (path / "__init__.py").exists()
+    }
+    assert not [room for room in rooms if f"{room}/`" not in named]

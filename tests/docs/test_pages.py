@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import transformer
+from transformer.memory.rules import Rule
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -31,3 +32,8 @@ def test_every_public_name_is_in_the_reference():
     described = re.findall(r"^\.\. (?:auto|py:)\w+:: (\S+)", reference, re.MULTILINE)
     assert set(transformer.__all__) <= set(described)
     assert "kernels.attention" in described
+
+
+def test_every_rule_of_the_contract_is_described():
+    page = (DOCS / "contract.md").read_text()
+    assert not [rule for rule in Rule if f"\n| {rule} |" not in page]
