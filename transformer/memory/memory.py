@@ -42,7 +42,8 @@ class Memory:
         """Writes the cell of the token at position i and reads cells 0..i: the definition.
 
         Args:
-          block: what the tokens before have written.
+          block: what the tokens before have written; for the token at position 0, which begins a
+            sequence, it may hold anything.
           i: scalar int32, the position; it is never -1 unless `rows` is overridden.
           cell, query, shared: pytrees.
 

@@ -36,7 +36,8 @@ class Previous(Memory):
         return {"held": jnp.zeros(cell["x"].shape, cell["x"].dtype)}
 
     def step(self, block, i, cell, query, shared):
-        return {"held": cell["x"]}, jnp.tanh(block["held"] * query) * shared
+        before = jnp.where(i == 0, 0, block["held"])
+        return {"held": cell["x"]}, jnp.tanh(before * query) * shared
 
 
 def attend(query, cells, visible, shared):
@@ -258,6 +259,26 @@ def test_any_split_into_chunks_is_the_scan_of_step(name, chunks):
     block, expected = compiled(name, by_steps)(i, cells, queries, shared)
     close(jax.tree.map(lambda *x: np.concatenate(x), *z), row(expected, slice(begin)))
     close(cache, block)
+
+
+@most_cases
+@in_float64
+def test_a_token_at_0_begins_a_sequence_whatever_the_block_holds(name):
+    """A cache that served another sequence is as good as an empty one."""
+    case, rng = CASES[name], generator(name)
+    cells, queries = make(case.cell, rng, 5), make(case.query, rng, 5)
+    shared = make(case.shared, rng)
+    empty = Cache.empty(CAPACITY, [(case.memory, shapes(cells))])
+    used = jax.tree.map(lambda x: 100 * rng.standard_normal(x.shape), empty)
+
+    @jax.jit
+    def results(cache):
+        cache, first = at_once(case, cache, [0], *row((cells, queries), slice(1)), shared)
+        _, rest = at_once(case, cache, np.arange(1, 5), *row((cells, queries), slice(1, 5)), shared)
+        _, chunk = at_once(case, cache, np.arange(5), cells, queries, shared)
+        return first, rest, chunk
+
+    close(results(used), results(empty))
 
 
 # Of reads from blocks in bfloat16, as a share of the largest number. States are sums of nine cells,
