@@ -29,6 +29,7 @@ AFFECTED = (
 )
 SMALL = {
     "experiments.train": [
+        "--config.model.num_layers=1",
         "--config.data.path=transformer/**/*.py",
         "--config.data.length=16",
         "--config.train.steps=4",
