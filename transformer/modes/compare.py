@@ -90,18 +90,26 @@ def compare(config, params, tokens, attention="auto", names=None) -> list[Row]:
         rows.append(
             Row(
                 name,
-                logit_difference=_difference([logits], [expected]),
+                logit_difference=difference([logits], [expected]),
                 equal_bits=float((logits == expected).mean()),
-                gradient_difference=gradient and _difference(gradient, expected_gradient),
+                gradient_difference=gradient and difference(gradient, expected_gradient),
             )
         )
     return rows
 
 
-def _difference(arrays, expected):
-    scales = [float(np.abs(x).max()) for x in expected]
-    least = max(scales) / 10
-    return max(
-        float(np.abs(x - y).max()) / max(scale, least)
-        for x, y, scale in zip(arrays, expected, scales, strict=True)
-    )
+def difference(arrays, expected) -> float:
+    """The largest difference between two lists of arrays, each as a share of its array's largest.
+
+    A tenth of the largest number of all arrays is the least to be a share of. The result is nan
+    where a number is.
+    """
+    pairs = [
+        (np.asarray(x, np.float64), np.asarray(y, np.float64))
+        for x, y in zip(arrays, expected, strict=True)
+        if np.size(y)
+    ]
+    scales = [np.abs(y).max() for _, y in pairs]
+    least = max(scales, default=0) / 10 or 1
+    shares = [np.abs(x - y).max() / max(s, least) for (x, y), s in zip(pairs, scales, strict=True)]
+    return float(np.max(shares, initial=0))

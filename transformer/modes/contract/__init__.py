@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from transformer.checks import whole_number
 from transformer.memory.cache import Cache
-from transformer.modes.contract import static
+from transformer.modes.contract import numeric, static
 from transformer.modes.contract.findings import Findings
 from transformer.modes.contract.report import Report, Violation
 
@@ -15,7 +15,10 @@ def check_contract(f: Callable, params, cache: Cache, *, vocab_size: int) -> Rep
     """Checks that a program is lawful: that all tokens of a sequence may run at once.
 
     First its jaxpr is looked at, which proves the rules of `transformer.memory.rules.Rule` for
-    every input.
+    every input. If they hold, the program runs on a few random tokens in every way, which tests
+    what its memories do: that all ways agree, outputs and gradients, that no token changes those
+    before it by a bit, and that other sequences, unwritten cells, padding, and capacity do not
+    matter.
 
     Args:
       f: a program, f(params, cache, token, i) -> (cache, logits [V]); any function.
@@ -37,6 +40,9 @@ def check_contract(f: Callable, params, cache: Cache, *, vocab_size: int) -> Rep
             f"cache is of type {type(cache).__name__}; make it with init_cache(config, capacity) "
             "or Cache.empty(capacity, blocks)."
         )
+    vocab_size = whole_number("vocab_size", vocab_size, least=1)
     findings = Findings()
-    static.check(f, params, cache, whole_number("vocab_size", vocab_size, least=1), findings)
+    once, written = static.check(f, params, cache, vocab_size, findings)
+    if not findings:
+        numeric.check(f, params, cache, vocab_size, once, written, findings)
     return findings.report()

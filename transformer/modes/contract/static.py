@@ -17,20 +17,20 @@ from transformer.modes.contract.flow import BEFORE, OWN, Block, Flow, Scope, Val
 from transformer.modes.contract.tracing import Hidden, Trace, difference, trace
 
 TOKEN = jax.ShapeDtypeStruct((), jnp.int32)
-TOKENS = jax.ShapeDtypeStruct((2,), jnp.int32)
 
 
-def check(f: Callable, params, cache: Cache, vocab_size: int, findings: Findings) -> Scope:
-    """Checks the rules of a program; returns what it writes, as far as that could be followed."""
-    scope = Scope()
+def check(f: Callable, params, cache: Cache, vocab_size: int, findings: Findings):
+    """Checks the rules of a program: -> (its trace, what it writes), as far as it got."""
+    once, scope = None, Scope()
     with explained(f, findings):
-        operands, hidden = (params, cache, TOKEN, TOKEN), Hidden()
-        trace(f, operands, Hidden())
+        operands, tokens = (params, cache, TOKEN, TOKEN), min(2, cache.capacity)
+        trace(f, operands, Hidden(tokens))  # what is remembered for ever is remembered now
         _check_kept(f, findings)
         if findings:
-            return scope
+            return once, scope.written
         with jax.checking_leaks():  # wherever they are
-            trace(f, operands, Hidden())
+            trace(f, operands, Hidden(tokens))
+        hidden = Hidden(tokens)
         before = state.contents(state.held(f))
         once = trace(f, operands, hidden)
         _check_state(before, state.contents(state.held(f)), findings)
@@ -38,7 +38,7 @@ def check(f: Callable, params, cache: Cache, vocab_size: int, findings: Findings
             _check_flow(f, params, cache, once, hidden, scope, findings)
         if not findings:
             _check_other_traces(f, operands, once, hidden, findings)
-    return scope
+    return once, scope.written
 
 
 @contextlib.contextmanager
@@ -131,14 +131,15 @@ def _check_other_traces(f, operands, once, hidden, findings):
     """The program is the same however often and in which mode it is traced."""
     many = lambda f: jax.vmap(f, (None, None, 0, 0), (None, 0), axis_name=POSITIONS)
     params, cache, *_ = operands
-    mapped = params, cache, TOKENS, TOKENS
+    tokens = jax.ShapeDtypeStruct((hidden.tokens,), jnp.int32)
+    mapped = params, cache, tokens, tokens
     tree = jax.tree.structure(once.results)
     run = core.jaxpr_as_fun(once.jaxpr)
     as_traced = lambda *operands: jax.tree.unflatten(tree, run(*jax.tree.leaves(operands)))
     for one, make, rule, why in (
         (
             once,
-            lambda: trace(f, operands, Hidden()),
+            lambda: trace(f, operands, Hidden(hidden.tokens)),
             Rule.STATE,
             "the program is another one when it is traced again: it depends on something outside "
             "that changes",

@@ -26,9 +26,13 @@ class Hidden:
 
     Those of an instruction are what its memory runs for one token and for two at once; none where
     the memory is ours too. What has been traced once is not traced again.
+
+    Attributes:
+      tokens: how many tokens run at once: two, or one where the cache has no more room.
     """
 
-    def __init__(self):
+    def __init__(self, tokens: int = 2):
+        self.tokens = tokens
         self._known = {}
 
     def __call__(self, eqn) -> list[core.ClosedJaxpr]:
@@ -39,7 +43,7 @@ class Hidden:
         kinds = tuple(str(x.aval) for x in eqn.invars)
         key = eqn.primitive, tuple(eqn.params.items()), kinds
         if key not in self._known:
-            self._known[key] = _of_memory(eqn) if foreign else [_run(eqn)]
+            self._known[key] = _of_memory(eqn, self.tokens) if foreign else [_run(eqn)]
         return self._known[key]
 
 
@@ -148,7 +152,7 @@ def _is_ours(memory):
     return ours and not any(callable(x) for x in vars(memory).values())
 
 
-def _of_memory(eqn):
+def _of_memory(eqn, tokens):
     """The jaxprs of what the memory of an instruction runs."""
     given = jax.tree.unflatten(eqn.params["tree"], shapes(eqn.invars))
     if eqn.params["chunked"]:
@@ -158,13 +162,13 @@ def _of_memory(eqn):
     arrays = given.arrays if eqn.primitive is write_read_p else given.arrays[0]
     cut = lambda tree, count: jax.tree.map(lambda x: _struct(x.shape[count:], x), tree)
     token = cut(given.i, 2), cut(given.cell, 2), cut(given.query, 2)
-    chunk = jax.tree.map(lambda x: _struct((2, *x.shape), x), token)
+    chunk = jax.tree.map(lambda x: _struct((tokens, *x.shape), x), token)
     block = cut(arrays, leading)
     return [
         make_jaxpr(memory.step, (block, *token, given.shared)),
         make_jaxpr(memory.chunk, (block, *chunk, given.shared)),
         _run(eqn),
-        _run(_of_two_tokens(eqn, given)),
+        _run(_mapped(eqn, given, tokens)),
     ]
 
 
@@ -173,10 +177,10 @@ def _run(eqn):
     return make_jaxpr(partial(eqn.primitive.impl, **eqn.params), shapes(eqn.invars))
 
 
-def _of_two_tokens(eqn, given):
-    """The equation of an instruction, mapped over two positions."""
-    twice = lambda tree: jax.tree.map(lambda x: _struct((2, *x.shape), x), tree)
-    given = given._replace(i=twice(given.i), cell=twice(given.cell), query=twice(given.query))
+def _mapped(eqn, given, tokens):
+    """The equation of an instruction, mapped over some positions."""
+    many = lambda tree: jax.tree.map(lambda x: _struct((tokens, *x.shape), x), tree)
+    given = given._replace(i=many(given.i), cell=many(given.cell), query=many(given.query))
     bind = lambda given: eqn.primitive.bind(*jax.tree.leaves(given), **eqn.params)
     axes = Operands(None, None, 0, 0, 0, None)
     made = jax.make_jaxpr(jax.vmap(bind, (axes,), axis_name=POSITIONS))(given)
