@@ -49,7 +49,7 @@ class Latent(Memory):
         """Writes the latent vector at i, and reads by the formula."""
         at = jnp.maximum(i, 0)
         new = jnp.where(i >= 0, cell.astype(block.dtype), block[0, at])
-        block = jax.lax.dynamic_update_slice(block, new[None, None], (0, at, 0))
+        block = jax.lax.dynamic_update_index_in_dim(block, new[None], at, 1)
         q, q_position = query
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         latent, position = jnp.split(block[0].astype(dtype), [self.rank], axis=1)

@@ -109,7 +109,7 @@ class Softmax(Memory):
                 i,
                 cells,
                 queries,
-                self._shared(shared),
+                self._shared(shared, queries),
                 options=self._options(queries),
                 backend=self.backend,
             )
@@ -122,7 +122,7 @@ class Softmax(Memory):
             blocks,
             i,
             queries,
-            self._shared(shared),
+            self._shared(shared, queries),
             options=self._options(queries),
             backend=self.backend,
         )
@@ -133,14 +133,15 @@ class Softmax(Memory):
             i,
             cells,
             queries,
-            self._shared(shared),
+            self._shared(shared, queries),
             options=self._options(queries),
             packed=packed,
             backend=self.backend,
         )
 
-    def _shared(self, sinks):
-        slopes = None if self.slopes is None else jnp.asarray(self.slopes, jnp.float32)
+    def _shared(self, sinks, queries):
+        dtype = jnp.promote_types(queries.dtype, jnp.float32)
+        slopes = None if self.slopes is None else jnp.asarray(self.slopes, dtype)
         return Shared(sinks, slopes)
 
     def _options(self, query):
