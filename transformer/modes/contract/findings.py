@@ -20,7 +20,7 @@ class Findings:
 
     def report(self) -> Report:
         """All of it."""
-        return Report(tuple(self._violations.values()), tuple(self._notes))
+        return Report(list(self._violations.values()), list(self._notes))
 
     def __bool__(self):
         return bool(self._violations)

@@ -24,7 +24,7 @@ from transformer.modes.contract.tracing import Trace
 from transformer.modes.contract.trial import Outcome, Trial, rounding
 from transformer.modes.schedule import run
 
-CHUNK = 4
+CHANGES = 12  # places from which on tokens are changed
 # Sums of many terms in another order differ by some roundings of the largest term.
 ROUNDINGS = 512
 # What one rounding of every parameter changes, roundings in between may change a few times over.
@@ -60,6 +60,7 @@ def check(
         laws.sequential,
         laws.chunks,
         laws.steps,
+        laws.packed,
         laws.resumed,
         laws.capacity,
     ):
@@ -73,6 +74,7 @@ class Laws:
     def __init__(self, trial: Trial, once: Trace, written: dict[int, Written], findings: Findings):
         self.trial, self.once, self.written, self.findings = trial, once, written, findings
         self.where = source.of_function(trial.f)
+        self.chunk = max(1, len(trial.i) // 3)
 
     def finite(self) -> bool:
         """There are numbers to compare."""
@@ -92,7 +94,8 @@ class Laws:
     def causal(self):
         """A token changes nothing before it."""
         trial = self.trial
-        for j in range(1, len(trial.i)):
+        length = len(trial.i)
+        for j in sorted({*np.linspace(1, length - 1, CHANGES, dtype=int)} - {0, length}):
             changed = np.where(trial.i < j, trial.tokens, trial.others)
             _, logits = trial.parallel(tokens=changed)
             why = f"other tokens from position {j} on change what comes before them"
@@ -107,9 +110,9 @@ class Laws:
         _, logits = trial.parallel(garbage)
         if not self._same(law, "parallel mode", why, logits):
             return
-        size = min(CHUNK, len(trial.i))
-        _, logits = trial.chunks(size, garbage)
-        if not self._same(law, f"chunks of {size}", why, logits, trial.chunks(size)[1]):
+        _, logits = trial.chunks(self.chunk, garbage)
+        expected = trial.chunks(self.chunk)[1]
+        if not self._same(law, f"chunks of {self.chunk}", why, logits, expected):
             return
         _, logits = trial.parallel(trial.filled(jnp.nan))
         if not np.array_equal(logits, self.logits):
@@ -159,14 +162,31 @@ class Laws:
 
     def chunks(self):
         """Any split into chunks gives the same."""
-        self._close_way(f"chunks of {CHUNK}", partial(run, self.trial.f, chunk=CHUNK))
-        twice = min(2 * CHUNK, len(self.trial.i))
+        self._close_way(f"chunks of {self.chunk}", partial(run, self.trial.f, chunk=self.chunk))
+        twice = min(2 * self.chunk, len(self.trial.i))
         self._close_run(f"chunks of {twice}", *self.trial.chunks(twice))
 
     def steps(self):
         """The chunk of each memory is the scan of its step."""
         steps = by_step(self.once.jaxpr, self.once.results)
         self._close_way("scan of step", partial(run, steps), gradients=False)
+
+    def packed(self):
+        """Documents packed in one row are as each alone."""
+        trial, length = self.trial, len(self.trial.i)
+        first = length - length // 2
+        _, logits = trial.packed(np.where(trial.i < first, trial.i, trial.i - first))
+        alone = np.where(trial.i < length - first, trial.i, -1)
+        _, second = trial.parallel(tokens=np.roll(trial.tokens, -first), i=alone)
+        expected = np.concatenate([self.logits[:first], second[: length - first]])
+        share = difference([logits], [expected])
+        if not share <= self._tolerance["logits"]:
+            why = (
+                f"two documents in one row differ by {share:.1e} of the largest from each alone, "
+                f"and rounding explains {self._tolerance['logits']:.1e}"
+            )
+            why += self._first(logits, expected)
+            self._fail("documents apart", "packed row", f"{why}.")
 
     def resumed(self):
         """A cache that was saved goes on where it was."""
@@ -244,17 +264,15 @@ class Laws:
                     f"{kind} differ from those of the parallel mode by {share:.1e} of the largest, "
                     f"and rounding explains {self._tolerance[kind]:.1e}"
                 )
-                why += self._first(outcome, kind)
+                if kind == "logits":
+                    why += self._first(outcome.logits[0], self._expected.logits[0])
                 self._fail(law, operation, f"{why}.")
                 return
 
-    def _first(self, outcome, kind):
-        """Where an outcome begins to differ."""
-        if kind != "logits":
-            return ""
-        [logits], [expected] = outcome.logits, self._expected.logits
+    def _first(self, logits, expected):
+        """Where logits begin to differ."""
         shares = [difference([x], [y]) for x, y in zip(logits, expected, strict=True)]
-        wrong = np.flatnonzero(~(np.asarray(shares) <= self._tolerance[kind]))
+        wrong = np.flatnonzero(~(np.asarray(shares) <= self._tolerance["logits"]))
         return f"; the first are those of position {wrong[0]}" if wrong.size else ""
 
     def _fail(self, law, operation, why, block=None):

@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WIDTH = 80  # columns of the printed table
 
@@ -35,8 +35,8 @@ class Report:
       notes: what is lawful and worth knowing, and what was not checked.
     """
 
-    violations: tuple[Violation, ...] = ()
-    notes: tuple[str, ...] = ()
+    violations: list[Violation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def lawful(self) -> bool:

@@ -11,7 +11,7 @@ from transformer.memory.cache import Cache
 from transformer.modes.contract.tracing import Trace, equations
 from transformer.modes.schedule import parallel
 
-SEED, TOKENS = 0, 12
+SEED, TOKENS = 0, 72  # more than a tile of most kernels, and not whole tiles
 
 
 class Outcome(NamedTuple):
@@ -42,13 +42,19 @@ class Trial:
         self.i = np.arange(length, dtype=np.int32)
         self._weights = self.random.normal(size=(length, vocab_size))
         one = lambda params, cache, tokens, i: parallel(f, params, cache, tokens, i)
-        self._parallel, self._step = compiled(one), compiled(f)
+        packed = lambda params, cache, tokens, i: parallel(f, params, cache, tokens, i, packed=True)
+        self._parallel, self._packed, self._step = map(compiled, (one, packed, f))
         self._batch = compiled(jax.vmap(one, (None, 0, 0, 0)))
 
     def parallel(self, cache=None, tokens=None, i=None):
         """All tokens at once; what is None is that of the trial: -> (cache, logits [T, V])."""
         given = zip((cache, tokens, i), (self.cache, self.tokens, self.i), strict=True)
         cache, logits = self._parallel(self.params, *(y if x is None else x for x, y in given))
+        return cache, np.asarray(logits)
+
+    def packed(self, i):
+        """All tokens at once, with positions that begin again at 0: -> (cache, logits [T, V])."""
+        cache, logits = self._packed(self.params, self.cache, self.tokens, i)
         return cache, np.asarray(logits)
 
     def batch(self, caches, tokens, i):

@@ -117,6 +117,11 @@ class AnotherInPlace(Sum):
         return arrays, 1.01 * z
 
 
+class MixesDocuments(Sum):
+    def documents(self, capacity, block, i, cells, queries, shared):
+        return super().rows(block, i, cells, queries, shared)
+
+
 @jax.custom_vjp
 def doubled_gradient(x):
     return x
@@ -158,6 +163,7 @@ UNLAWFUL = {
     "another step": (by(AnotherStep()), "schedules agree", "steps"),
     "counts padding": (by(CountsPadding()), "padding", "padding"),
     "mixes sequences": (by(MixesSequences()), "sequences apart", "sequences"),
+    "mixes documents": (by(MixesDocuments()), "documents apart", "packed"),
     "another in place": (by(AnotherInPlace()), "schedules agree", "sequential"),
     "another gradient": (by(AnotherGradient()), "schedules agree", "sequential"),
     "nan": (by(Sum(), lambda cache, z: jnp.log(z)), "finite", "finite"),
