@@ -131,14 +131,14 @@ class RotaryScaling:
     def __post_init__(self):
         if self.kind not in self.KINDS:
             raise ValueError(
-                f"rotary scaling kind={self.kind!r}; choose one of {', '.join(self.KINDS)}."
+                f"rotary_scaling.kind={self.kind!r}; choose one of {', '.join(self.KINDS)}."
             )
-        require_types("rotary scaling ", self)
+        require_types("rotary_scaling.", self)
         if not 1 <= self.factor < math.inf:
-            raise ValueError(f"rotary scaling factor={self.factor}; it must be at least 1.")
+            raise ValueError(f"rotary_scaling.factor={self.factor}; it must be at least 1.")
         if self.original_max_length < 1:
             raise ValueError(
-                f"rotary scaling original_max_length={self.original_max_length}; it must be at "
+                f"rotary_scaling.original_max_length={self.original_max_length}; it must be at "
                 "least 1."
             )
         for low, high in (
@@ -147,8 +147,8 @@ class RotaryScaling:
         ):
             if not 0 < getattr(self, low) < getattr(self, high) < math.inf:
                 raise ValueError(
-                    f"rotary scaling {low}={getattr(self, low)}, {high}={getattr(self, high)}; "
-                    "both are above 0, the first below the second."
+                    f"rotary_scaling.{low}={getattr(self, low)}, {high}={getattr(self, high)}; "
+                    "both must be above 0, the first below the second."
                 )
 
 
@@ -316,13 +316,13 @@ class Config:
         if self.rotary_scaling is not None:
             if self.rotary_scaling.kind == "ntk" and self.rotary_size == 2:
                 raise ValueError(
-                    "rotary scaling 'ntk' leaves the first pair of numbers as it is, and here a "
-                    "head has only that one; use larger heads or another scaling."
+                    "rotary_scaling.kind='ntk' leaves the first pair of numbers as it is, and here "
+                    "a head has only that one; use larger heads or another scaling."
                 )
             if self.rotary_scaling.kind == "yarn" and not self.rotary_base > 1:
                 raise ValueError(
-                    f"rotary_base={self.rotary_base}; with rotary scaling 'yarn' it must be above "
-                    "1."
+                    f"rotary_base={self.rotary_base}; with rotary_scaling.kind='yarn' it must be "
+                    "above 1."
                 )
 
     def _check_layers(self):

@@ -32,7 +32,7 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
         ),
         (
             {"rotary_scaling": {"kind": "yarn", "factor": 2.0}, "rotary_base": 1.0},
-            "rotary_base=1.0; with rotary scaling 'yarn' it must be above 1",
+            "rotary_base=1.0; with rotary_scaling.kind='yarn' it must be above 1",
         ),
         ({"head_size": 0}, "head_size=0; it must be a whole number, at least 1"),
         ({"feed_forward_width": 0}, "feed_forward_width=0"),
