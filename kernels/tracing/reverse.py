@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 
 from kernels.tracing.linear import linear_call
+from kernels.tracing.partition import vary_like
 
 
 class NoSuchDerivative(NotImplementedError):
@@ -40,7 +41,8 @@ def reverse_only(fun: Callable, message: str) -> Callable:
 
     @run.defjvp
     def _(primals, tangents):
-        results, pull = forward(*primals)
+        # Inside `shard_map` the gradients are those of one device, which `linear_call` sums.
+        results, pull = forward(*vary_like(primals, primals))
         return results, linear_call(refuse, backward, pull, tangents[0], results)
 
     return run

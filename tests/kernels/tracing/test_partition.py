@@ -21,13 +21,15 @@ PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from kernels import attention
+    from kernels.blocks import Blocks
     from kernels.options import Options
-    from kernels.write_read import write_read
+    from kernels.write_read import Shared, decode
 
+    jax.config.update("jax_default_matmul_precision", "highest")
     backend, cells, *ways = sys.argv[1:]
     B, T, N, K, H, S = 8, 20, 4, 2, 32, int(cells)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
 
@@ -45,10 +47,11 @@ PROGRAM = """
 
         return of
 
-    def step(q, k, v, keys, values, cells):
-        options = Options(0.3)
-        arrays = keys, values, None, cells, None, k[:, :1], v[:, :1], q[:, :1], None, None
-        return write_read(*arrays, options=options, backend=backend)
+    def step(q, k, v, keys, values, i):
+        blocks = Blocks((keys, values), batched=True)
+        operands = blocks, i, (k[:, :1], v[:, :1]), q[:, :1], Shared()
+        (keys, values), z = decode(*operands, options=Options(0.3), backend=backend)
+        return keys, values, z
 
     def compare(function, split, arrays, specs, result_specs):
         want = jax.jit(function)(*arrays)
@@ -81,13 +84,13 @@ PROGRAM = """
             results.append(compare(one, split, arrays, specs, (*specs, spec)))
     if "shard_map" in ways:
         blocks = normal(B, K, S, H), normal(B, K, S, H)
-        cells = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
+        i = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
         block = P("data", "model")
         specs = (rows_and_heads,) * 3 + (block,) * 2 + (P("data"),)
         result_specs = block, block, rows_and_heads
         splits = {"jit": step, "shard_map": mapped(step, specs, result_specs)}
         for split in map(splits.get, ways):
-            results.append(compare(step, split, (q, k, v, *blocks, cells), specs, result_specs))
+            results.append(compare(step, split, (q, k, v, *blocks, i), specs, result_specs))
     print(json.dumps(results))
 """
 
