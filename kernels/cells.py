@@ -41,10 +41,10 @@ def write(block, cells, new):
         )
 
     def row(block, cells, new):  # block [..., K, S, H]
+        # Near the end of the block the slice starts before the first new cell.
         start = jnp.clip(cells[0], 0, size - count)
-        if count < size:  # near the end of the block the slice starts before the first new cell
-            shift = cells[0] - start
-            cells, new = jnp.roll(cells, shift), jnp.roll(new, shift, new.ndim - 2)
+        shift = cells[0] - start
+        cells, new = jnp.roll(cells, shift), jnp.roll(new, shift, new.ndim - 2)
         old = jax.lax.dynamic_slice_in_dim(block, start, count, new.ndim - 2)
         mine = cells == start + jnp.arange(count, dtype=cells.dtype)
         new = jnp.where(mine[:, None], new, old)

@@ -22,7 +22,7 @@ class Options:
 
     Raises:
       ValueError: a number is out of its range.
-      TypeError: window is no integer.
+      TypeError: window is not an integer.
     """
 
     scale: float
@@ -35,13 +35,13 @@ class Options:
             if value is None and name == "soft_cap":
                 continue
             if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}; it is a number above 0.")
+                raise ValueError(f"{name}={value}; it must be a number above 0.")
             object.__setattr__(self, name, float(value))
         if self.window is not None:
             try:
                 object.__setattr__(self, "window", operator.index(self.window))
             except TypeError:
-                raise TypeError(f"window={self.window}; it is an integer, or None.") from None
+                raise TypeError(f"window={self.window}; it must be an integer, or None.") from None
             if self.window < 1:
                 raise ValueError(
                     f"window={self.window}; a query sees at least 1 position, its own."

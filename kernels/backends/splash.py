@@ -60,7 +60,7 @@ def attend(
 
     Raises:
       NotImplementedError: positions of keys, ALiBi, starts in a block of more than 32768 cells,
-        float64, a `shard_map` that checks what varies, or this is no TPU.
+        `jax_enable_x64`, a `shard_map` that checks what varies, or this is no TPU.
     """
     B, T, N, _ = q.shape
     _check(q, keys, values, where, shared, interpret)
@@ -146,8 +146,8 @@ def _check(q, keys, values, where, shared, interpret):
             f"it runs on TPUs, and this is a {platform()}; to lower for a TPU that is not there, "
             "trace under kernels.tracing.target.target('tpu')."
         )
-    if jnp.float64 in (q.dtype, keys.dtype):
-        raise NotImplementedError("it has no float64.")
+    if jax.config.jax_enable_x64:
+        raise NotImplementedError("it has no float64, and does not run under jax_enable_x64.")
     if varying(q):
         raise NotImplementedError("inside shard_map it takes check_vma=False.")
     if keys.shape != values.shape:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo
 
 from kernels import attention
-from kernels.backends import splash, xla
+from kernels.backends import choice, splash, xla
 from kernels.tracing.target import target
 
 # Those for a device that is not here skip, with their reason.
@@ -161,6 +161,46 @@ def test_outputs_and_gradients_equal_the_reference(backend, data):
     assert_close(actual, reference(arrays, options, *results), TOLERANCE[dtype])
 
 
+def tangents(arrays):
+    return {name: jnp.cos(3 * x) for name, x in arrays.items()}
+
+
+DERIVATIVES = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (tangents(x),))[1],
+    "Hessian": lambda f, x: jax.jvp(jax.grad(f), (x,), (tangents(x),))[1],
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_forward_mode_equals_the_reference(name, data):
+    """In float64: tangents of z and the log-sum-exp, and Hessian-vector products."""
+    arrays, options, _ = data.draw(problems())
+
+    def derivative(backend):
+        def loss(arrays):
+            z, lse = attention(**arrays, **options, backend=backend, return_lse=True)
+            return jnp.sin(z).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
+
+        return jax.jit(lambda x: DERIVATIVES[name](loss, x))(arrays)
+
+    with jax.enable_x64(True):
+        assert_close(derivative("xla"), derivative("reference"), 1e-12)  # some thousand roundings
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_a_backend_without_forward_mode_says_which_have_it(backend, name, jit):
+    if backend in choice.FORWARD_MODE:
+        pytest.skip(f"{backend} has forward mode")
+    x = jnp.ones((1, 8, 1, 32), precise(backend))
+    loss = lambda x: attention(x["q"], x["q"], x["q"], backend=backend).sum(dtype=jnp.float32)
+    run = lambda x: DERIVATIVES[name](loss, x)
+    with pytest.raises(NotImplementedError, match="products use one of xla, reference"):
+        (jax.jit(run) if jit else run)({"q": x})
+
+
 @pytest.mark.parametrize("backend", TARGETS)
 @settings(max_examples=7)
 @given(data=st.data())
@@ -178,8 +218,7 @@ def test_a_backend_of_another_platform_takes_what_would_test_it(backend, data):
             pytest.skip(str(error))
 
 
-def small_problem(T=50, S=70, N=4, K=2, H=32):
-    rng = np.random.default_rng()
+def small_problem(rng, T=50, S=70, N=4, K=2, H=32):
     return {
         "q": rng.normal(size=(2, T, N, H)),
         "k": rng.normal(size=(2, S, K, H)),
@@ -187,15 +226,15 @@ def small_problem(T=50, S=70, N=4, K=2, H=32):
     }
 
 
-def test_cells_that_no_query_sees_change_nothing(backend):
+def test_cells_that_no_query_sees_change_nothing(backend, rng):
     """Garbage in them, and in the other row, leaves every bit as it was; their gradient is zero."""
     needs(backend, "q_positions")
-    arrays = small_problem()
+    arrays = small_problem(rng)
     options = {"window": 7, "q_positions": np.stack([np.arange(10, 60), np.full(50, -1)])}
     unseen = np.stack([(np.arange(70) < 4) | (np.arange(70) >= 60), np.ones(70, bool)])
     spoiled, filling = dict(arrays), GARBAGE[backend.removesuffix("_interpret")]
     for name in ("k", "v"):
-        garbage = np.random.default_rng().choice([1, -1], arrays[name].shape) * filling
+        garbage = rng.choice([1, -1], arrays[name].shape) * filling
         spoiled[name] = np.where(unseen[:, :, None, None], garbage, arrays[name])
     clean, dirty = (run(x, options, backend, jnp.float32, False) for x in (arrays, spoiled))
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
@@ -205,18 +244,17 @@ def test_cells_that_no_query_sees_change_nothing(backend):
     assert (z[1] == 0).all()
 
 
-def test_the_same_bits_every_run(backend):
+def test_the_same_bits_every_run(backend, rng):
     needs(backend, "same bits")
-    arrays = small_problem()
+    arrays = small_problem(rng)
     first, again = (run(arrays, {"window": 9}, backend, jnp.float32, False) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
 @pytest.mark.parametrize("T", [1, 40])
-def test_vmap_in_either_order_of_grad(backend, T):
+def test_vmap_in_either_order_of_grad(backend, rng, T):
     if not has_gradient(backend, T):
         pytest.skip(f"{backend} has no gradient for an odd number of queries")
-    rng = np.random.default_rng()
     dtype = precise(backend)
     q, k, v = (jnp.asarray(rng.normal(size=(3, 1, n, 2, 32)), dtype) for n in (T, 40, 40))
     loss = lambda q, k, v: jnp.sin(attention(q, k, v, backend=backend)).sum(dtype=jnp.float32)
@@ -225,10 +263,28 @@ def test_vmap_in_either_order_of_grad(backend, T):
     assert_close(outside, inside, TOLERANCE[dtype])  # the same sums, maybe in another order
 
 
-def test_queries_wider_than_keys(backend):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_under_x64(backend, rng, dtype):
+    """float32 stays float32; float64 is a compute type where a backend has it, or refused."""
+    arrays, options = small_problem(rng), {"kv_length": np.array([60, 3])}
+    needs(backend, "kv_length", dtype)
+    with jax.enable_x64(True):
+        if backend != "xla" and (dtype == "float64" or "splash" in backend):
+            with pytest.raises(NotImplementedError, match="float64"):
+                run(arrays, options, backend, dtype, False)
+            return
+        q, k, v = cast(arrays, dtype).values()
+        z = attention(q, k, v, **options, backend=backend)
+        got = run(arrays, options, backend, dtype, False)
+    assert z.dtype == dtype
+    tolerance = TOLERANCE["float32"] if dtype == "float32" else 1e-14  # of float64, 1e-16 each
+    assert_close(got, reference(arrays, options, False), tolerance)
+
+
+def test_queries_wider_than_keys(backend, rng):
     """A bfloat16 block read by float32 queries, as a cache may be."""
     needs(backend, "mixed dtypes")
-    arrays = small_problem()
+    arrays = small_problem(rng)
     q, k, v = (jnp.asarray(arrays[name], jnp.bfloat16) for name in ("q", "k", "v"))
     options = {"q_positions": np.arange(20, 70)[None]}
     z = attention(q.astype(jnp.float32), k, v, **options, backend=backend)
@@ -238,10 +294,10 @@ def test_queries_wider_than_keys(backend):
     assert_close(z, reference(exact, options, False)[1][0], TOLERANCE["bfloat16"])
 
 
-def test_documents_packed_in_a_row_equal_documents_apart(backend):
+def test_documents_packed_in_a_row_equal_documents_apart(backend, rng):
     needs(backend, "q_starts")
     lengths = [17, 16, 17]
-    arrays = {n: x[:1] for n, x in small_problem(50, 50).items()}
+    arrays = {n: x[:1] for n, x in small_problem(rng, 50, 50).items()}
     ids = np.repeat([7, 2, 9], lengths)[None]  # in no order
     packed = attention(**cast(arrays, jnp.float32), segments=ids, backend=backend)
     pair = attention(**cast(arrays, jnp.float32), segments=(ids, ids), backend=backend)
@@ -255,26 +311,26 @@ def test_documents_packed_in_a_row_equal_documents_apart(backend):
         )
 
 
-def test_a_query_and_a_sink_that_see_nothing(backend):
+def test_a_query_and_a_sink_that_see_nothing(backend, rng):
     """A sink of -inf is no sink: a query that reads nothing else gives zeros, not nan."""
     needs(backend, "sinks", "q_positions")
-    arrays = small_problem() | {"sinks": np.array([-np.inf, 0, -np.inf, 1])}
+    arrays = small_problem(rng) | {"sinks": np.array([-np.inf, 0, -np.inf, 1])}
     options = {"q_positions": np.arange(50)[None] - 3}
     want = reference(arrays, options, False)
     assert np.isfinite(want[0]["sinks"]).all()
     assert_close(run(arrays, options, backend, "float32", False), want, TOLERANCE["float32"])
 
 
-def test_a_wide_soft_cap_keeps_the_digits(backend):
+def test_a_wide_soft_cap_keeps_the_digits(backend, rng):
     needs(backend, "soft_cap", "q_positions")
-    arrays, options = small_problem(), {"soft_cap": 1e5, "q_positions": np.arange(50)[None]}
+    arrays, options = small_problem(rng), {"soft_cap": 1e5, "q_positions": np.arange(50)[None]}
     want = reference(arrays, options, False)
     assert_close(run(arrays, options, backend, "float32", False), want, TOLERANCE["float32"])
 
 
-def test_numbers_of_numpy_and_lists(backend):
+def test_numbers_of_numpy_and_lists(backend, rng):
     needs(backend, "q_positions", "soft_cap", "sinks")
-    arrays = cast(small_problem(T=3, S=5), "float32")
+    arrays = cast(small_problem(rng, T=3, S=5), "float32")
     want = attention(
         **arrays,
         window=2,
@@ -296,9 +352,9 @@ def test_numbers_of_numpy_and_lists(backend):
     np.testing.assert_array_equal(got, want)
 
 
-def test_positions_at_the_ends_of_their_types(backend):
+def test_positions_at_the_ends_of_their_types(backend, rng):
     needs(backend, "q_positions")
-    arrays = cast(small_problem(T=3, S=5), "float32")
+    arrays = cast(small_problem(rng, T=3, S=5), "float32")
     ends = attention(**arrays, q_positions=np.full((1, 3), 2**31 - 1), backend=backend)
     every = attention(**arrays, q_positions=np.full((1, 3), 4), backend=backend)
     np.testing.assert_allclose(ends, every, atol=1e-6)  # the last bit may go either way
@@ -308,6 +364,15 @@ def test_positions_at_the_ends_of_their_types(backend):
     np.testing.assert_array_equal(causal, signed)
 
 
+def test_positions_that_do_not_fit_int32_are_the_last_one():
+    """2**40 is no position of a key, and must not wrap around to one."""
+    x = jnp.ones((1, 2, 1, 8))
+    far = attention(x, x, x, q_positions=np.array([[0, 2**40]]), backend="xla")
+    np.testing.assert_array_equal(far, x)
+    z = attention(x, x, x, q_positions=np.array([[0, -(2**40)]]), backend="xla")
+    np.testing.assert_array_equal(z[0, :, 0, 0], [1, 0])
+
+
 def test_a_document_without_keys_reads_nothing():
     x = jnp.ones((1, 3, 1, 8))
     z = attention(x, x, x, segments=(jnp.array([[1, 1, 2]]), jnp.array([[1, 1, 1]])), backend="xla")
@@ -315,6 +380,7 @@ def test_a_document_without_keys_reads_nothing():
 
 
 LIMITS = {
+    "value size": ({"v": np.zeros((2, 70, 2, 24), np.float16)}, "must have one size"),
     "alibi": ({"alibi": np.ones(4)}, "it has no ALiBi"),
     "kv_positions": ({"kv_positions": np.arange(70)[None]}, "it has no positions of keys"),
     "lse": ({"return_lse": True}, "it does not give the log-sum-exp"),
@@ -340,10 +406,10 @@ CASES = [(b, name) for b in ("splash", "cudnn") for name in LIMITS if name in LA
 
 
 @pytest.mark.parametrize(("backend", "feature"), [*CASES, ("cudnn", "window of one query")])
-def test_limits_are_said(backend, feature, monkeypatch):
+def test_limits_are_said(backend, feature, rng, monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     options, reason = LIMITS[feature]
-    arguments = cast(small_problem(), precise(backend)) | options
+    arguments = cast(small_problem(rng), precise(backend)) | options
     q = jnp.asarray(arguments.pop("q"))
     result = lambda q: jax.tree.leaves(attention(q, **arguments, backend=backend))[0]
     with (
@@ -353,16 +419,11 @@ def test_limits_are_said(backend, feature, monkeypatch):
         jax.eval_shape(jax.grad(lambda q: result(q).sum()), q)
 
 
-def test_splash_packs_documents_in_up_to_32768_cells():
-    q, k = jnp.zeros((1, 1, 1, 32)), jnp.zeros((1, 32769, 1, 32))
-    with pytest.raises(NotImplementedError, match="up to 32768 cells; got 32769"):
-        attention(q, k, k, q_starts=np.zeros((1, 1), np.int32), backend="splash_interpret")
-
-
 X = np.zeros((2, 4, 3, 8), np.float32)
 WRONG = {
     "k, v of another shape": ({"q": X[0]}, r"attention takes q \[B, T, N, H\]"),
     "no tokens": ({"q": X[:, :0]}, "none of them empty"),
+    "v of another length": ({"v": X[:, :3]}, r"v \[B, S, K, Hv\]"),
     "heads": ({"k": X[:, :, :2], "v": X[:, :, :2]}, "3 query heads cannot share 2"),
     "backend": ({"backend": "abacus"}, "'abacus' does not exist; choose one of auto"),
     "positions": ({"q_positions": np.zeros(4, int)}, r"shape \(4,\); it is \[2, 4\], or \[1, 4\]"),
@@ -371,9 +432,9 @@ WRONG = {
     "lengths": ({"kv_length": np.zeros(3, int)}, r"kv_length holds int\d+ of shape \(3,\)"),
     "sinks": ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); it is \[N=3\]"),
     "window": ({"window": 0}, "window=0; a query sees at least 1"),
-    "scale": ({"scale": 0.0}, "scale=0.0; it is a number above 0"),
-    "scale without an end": ({"scale": np.inf}, "scale=inf; it is a number above 0"),
-    "soft cap": ({"soft_cap": 0.0}, "soft_cap=0.0; it is a number above 0"),
+    "scale": ({"scale": 0.0}, "scale=0.0; it must be a number above 0"),
+    "scale without an end": ({"scale": np.inf}, "scale=inf; it must be a number above 0"),
+    "soft cap": ({"soft_cap": 0.0}, "soft_cap=0.0; it must be a number above 0"),
     "one array of segments": ({"q": X[:, :3], "segments": np.zeros((1, 4), int)}, "give a pair"),
     "segments": ({"segments": np.zeros((1, 5), int)}, r"segments of queries has shape \(1, 5\)"),
     "segments and starts": (
@@ -395,3 +456,7 @@ def test_wrong_numbers_are_refused():
         attention(X, X, X, q_positions=np.zeros((1, 4)))
     with pytest.raises(TypeError, match="q holds int32"):
         attention(X.astype(np.int32), X, X)
+    with pytest.raises(TypeError, match="k is a list; attention takes arrays"):
+        attention(X, X.tolist(), X)
+    with pytest.raises(TypeError, match=r"window=2.5; it must be an integer, or None"):
+        attention(X, X, X, window=2.5)

@@ -10,7 +10,7 @@ from transformer.config import Config
 from transformer.data.batches import Batch
 from transformer.data.tokenizer import byte_tokenizer
 from transformer.inference.generate import generate
-from transformer.program.program import init_params
+from transformer.program.init import init_params
 from transformer.storage.model import Model
 from transformer.training.optimizer import OptimizerConfig, make_optimizer
 from transformer.training.step import init_state, make_train_step
@@ -40,9 +40,8 @@ def backend(request):
     return request.param
 
 
-def test_a_training_step_equals_that_of_xla(backend):
+def test_a_training_step_equals_that_of_xla(backend, rng):
     """Packed documents; loss, gradient norm, and every parameter after the step."""
-    rng = np.random.default_rng()
     tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, 2, 45), dtype=np.int32)
     cells = np.arange(45, dtype=np.int32)
     positions = np.stack([np.where(cells < cut, cells, cells - cut) for cut in (14, 33)])
@@ -66,13 +65,12 @@ def test_a_training_step_equals_that_of_xla(backend):
     assert close.mean() > 0.999
 
 
-def test_generation_equals_that_of_xla(backend):
+def test_generation_equals_that_of_xla(backend, rng):
     """Greedy tokens of prompts of different lengths, longer than the window, in one batch."""
     params = init_params(CONFIG, jax.random.key(1))
     # At 10 times the usual size of matrices, tokens depend on all of their context.
     params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 and min(x.shape) > 2 else x, params)
     model = Model(CONFIG, params, TOKENIZER)
-    rng = np.random.default_rng()
     prompts = [rng.integers(0, 256, length).tolist() for length in (1, 70)]
     choices = {"max_new_tokens": 12, "temperature": 0}
     got = generate(model, prompts, **choices, attention=backend)

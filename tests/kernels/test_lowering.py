@@ -14,7 +14,8 @@ from transformer.config import Config
 from transformer.data.batches import Batch
 from transformer.inference.generate import _decode, _State
 from transformer.inference.sampling import Sampling
-from transformer.program.program import init_cache, init_params, program
+from transformer.program.init import init_cache, init_params
+from transformer.program.program import program
 from transformer.training.optimizer import OptimizerConfig, make_optimizer
 from transformer.training.step import init_state, make_train_step
 

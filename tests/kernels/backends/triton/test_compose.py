@@ -24,9 +24,7 @@ SINKS = jnp.linspace(-1, 1, N)
 ROUNDING = 1e-5
 
 
-def operands(*leading):
-    rng = np.random.default_rng()
-
+def operands(rng, *leading):
     def normal(*shape):
         return jnp.asarray(rng.standard_normal((*leading, *shape)), jnp.float32)
 
@@ -50,28 +48,28 @@ def same(transform, *arrays):
         np.testing.assert_allclose(x, y, rtol=0, atol=ROUNDING * max(1, np.abs(y).max()))
 
 
-def test_vmap_of_grad():
-    same(lambda f: jax.jit(jax.vmap(jax.grad(f, (0, 1, 2)))), *operands(3, 2))
+def test_vmap_of_grad(rng):
+    same(lambda f: jax.jit(jax.vmap(jax.grad(f, (0, 1, 2)))), *operands(rng, 3, 2))
 
 
-def test_grad_of_vmap_with_an_operand_that_is_not_mapped():
+def test_grad_of_vmap_with_an_operand_that_is_not_mapped(rng):
     def transform(f):
         batched = jax.vmap(jax.vmap(f, (0, None, None)), (1, None, None))
         return jax.jit(jax.grad(lambda *x: batched(*x).sum(), (0, 1, 2)))
 
-    q, _, _ = operands(2, 2, 1)
-    _, keys, values = operands(1)
+    q, _, _ = operands(rng, 2, 2, 1)
+    _, keys, values = operands(rng, 1)
     same(transform, q, keys, values)
 
 
-def test_vmap_over_sinks():
+def test_vmap_over_sinks(rng):
     def transform(f):
         return jax.jit(jax.vmap(jax.grad(f, 3), (None, None, None, 0)))
 
-    same(transform, *operands(1), jnp.stack([SINKS, -SINKS]))
+    same(transform, *operands(rng, 1), jnp.stack([SINKS, -SINKS]))
 
 
-def test_scan_and_remat():
+def test_scan_and_remat(rng):
     """Three layers in a scan, each recomputed in the backward pass."""
 
     def transform(f):
@@ -84,12 +82,11 @@ def test_scan_and_remat():
 
         return jax.jit(jax.grad(layers, (0, 1, 2)))
 
-    same(transform, *operands(1))
+    same(transform, *operands(rng, 1))
 
 
-def test_float16_holds_gradients_as_large_as_it_can():
+def test_float16_holds_gradients_as_large_as_it_can(rng):
     """What is rounded to float16 on the way is no larger than the gradients themselves."""
-    rng = np.random.default_rng()
     # Large values, so that the gradients of the scores are what comes near to the end.
     sizes = (1, 1, 20)
     operands = [jnp.asarray(n * rng.standard_normal((1, 64, 2, 128)), "float16") for n in sizes]

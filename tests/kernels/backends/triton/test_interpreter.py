@@ -44,13 +44,13 @@ def run(a, b):
     )
 
 
-def operands(dtype=jnp.bfloat16):
-    rng = np.random.default_rng()
-    return [jnp.asarray(rng.standard_normal((16, 16)), dtype) for _ in range(2)]
+@pytest.fixture
+def operands(rng):
+    return [jnp.asarray(rng.standard_normal((16, 16)), jnp.bfloat16) for _ in range(2)]
 
 
-def test_bfloat16_is_a_number_and_rounds_to_nearest():
-    a, b = operands()
+def test_bfloat16_is_a_number_and_rounds_to_nearest(operands):
+    a, b = operands
     product, total, _ = jax.jit(run)(a, b)
     want = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     # Products of bfloat16 are exact in float32; sixteen of them are added with its rounding.
@@ -58,17 +58,17 @@ def test_bfloat16_is_a_number_and_rounds_to_nearest():
     np.testing.assert_array_equal(np.asarray(total), np.asarray(a) + np.asarray(b))
 
 
-def test_an_output_that_is_not_written_is_not_a_number():
-    a, b = operands()
+def test_an_output_that_is_not_written_is_not_a_number(operands):
+    a, b = operands
     _, _, half = jax.jit(run)(a, b)
     np.testing.assert_array_equal(np.asarray(half)[:8], np.asarray(a)[:8])
     assert np.isnan(np.asarray(half)[8:].astype(np.float32)).all()
 
 
-def test_triton_compiles_after_interpreting():
+def test_triton_compiles_after_interpreting(operands):
     """The language is as it was: the same functions, and the same kernel compiles for a GPU."""
     before = {name: getattr(tl, name) for name in ("load", "dot", "max", "arange")}
-    a, b = operands()
+    a, b = operands
     jax.block_until_ready(jax.jit(run)(a, b))
     assert all(getattr(tl, name) is function for name, function in before.items())
 
