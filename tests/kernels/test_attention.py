@@ -22,8 +22,6 @@ ONE_QUERY = {"q_positions", "kv_length"}  # for several queries only; for one, i
 NO_MODE = {"q_starts", "sinks", "soft_cap", "float32", "mixed dtypes"}
 CUDNN = {"H=256", "same bits", "gradient of odd length"}
 LACKS = dict.fromkeys(BACKENDS, frozenset()) | {
-    "triton": {"value size"},
-    "triton_interpret": {"value size"},
     "splash": SPLASH,
     "splash_interpret": SPLASH,
     "cudnn": SPLASH | ONE_QUERY | NO_MODE | CUDNN,

@@ -29,9 +29,9 @@ def attend(
     """Attention by position: a query at i reads the keys at start..i.
 
     Args:
-      q: [B, T, N, H], float32, bfloat16 or float16; H up to 256.
-      keys, values: [B, K, S, H]; N is a multiple of K. Products are in the narrower of the dtypes
-        of q and keys.
+      q: [B, T, N, H], float32, bfloat16 or float16.
+      keys, values: [B, K, S, H] and [B, K, S, Hv], both sizes up to 256; N is a multiple of K.
+        Products are in the narrower of the dtypes of q and keys.
       where: which keys each query reads.
       shared: sinks and ALiBi's slopes.
       options: scale, window, soft cap.
@@ -39,7 +39,7 @@ def attend(
         `kernels.tracing.target.architecture`.
 
     Returns:
-      z [B, T, N, H] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
+      z [B, T, N, Hv] in q's dtype, zero where a query reads nothing; and the log-sum-exp [B, T, N]
       of the scores in float32, -inf where a query reads nothing. Both have gradients, for q, keys,
       values and sinks; the same operands give the same bits every time.
 
@@ -47,8 +47,6 @@ def attend(
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
     """
     B, _, N, _ = q.shape
-    if keys.shape != values.shape:
-        raise NotImplementedError("the heads of keys and values must have one size.")
     dtype = q.dtype if q.dtype.itemsize < keys.dtype.itemsize else keys.dtype
 
     def rows(x):
@@ -80,12 +78,14 @@ def _attend_fwd(options, on, moving, fixed):
     return (z, lse), ((*moving, *fixed), z, lse)
 
 
-def score_constants(options, head_size, alibi):
-    """The constants that all kernels share: the head size and how a score is made."""
+def score_constants(options, head_size, value_size, alibi):
+    """The constants that all kernels share: the sizes of a head and how a score is made."""
     plain = options.soft_cap is None and alibi is None
     return {
         "H": head_size,
         "WIDTH": width(head_size),
+        "HV": value_size,
+        "VALUE_WIDTH": width(value_size),
         "SCALE": options.scale,
         "WINDOW": options.window,
         "SOFT_CAP": options.soft_cap,
@@ -94,8 +94,8 @@ def score_constants(options, head_size, alibi):
     }
 
 
-def _constants(options, q, keys, kv_positions, q_starts, alibi):
-    return score_constants(options, q.shape[3], alibi) | {
+def _constants(options, q, keys, values, kv_positions, q_starts, alibi):
+    return score_constants(options, q.shape[3], values.shape[3], alibi) | {
         "N": q.shape[2],
         "K": keys.shape[1],
         "HAS_KV_POSITIONS": kv_positions is not None,
@@ -104,9 +104,10 @@ def _constants(options, q, keys, kv_positions, q_starts, alibi):
 
 
 def _forward(options, on, q, keys, values, sinks, q_positions, kv_positions, q_starts, alibi):
-    """Returns z [B, T, N, H] and the log-sum-exp [B, N, T]."""
+    """Returns z [B, T, N, HV] and the log-sum-exp [B, N, T]."""
     B, T, N, H = q.shape
-    tile = launch("forward", on, H, q.dtype)
+    HV = values.shape[3]
+    tile = launch("forward", on, max(H, HV), q.dtype)
     z, lse = call(
         forward_kernel,
         q,
@@ -119,12 +120,15 @@ def _forward(options, on, q, keys, values, sinks, q_positions, kv_positions, q_s
         alibi,
         T,
         keys.shape[2],
-        outputs=[_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        outputs=[
+            jax.ShapeDtypeStruct((B, T, N, HV), q.dtype),
+            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+        ],
         programs=B * N * -(-T // tile.block_m),
         launch=tile,
         architecture=on,
         HAS_SINKS=sinks is not None,
-        **_constants(options, q, keys, kv_positions, q_starts, alibi),
+        **_constants(options, q, keys, values, kv_positions, q_starts, alibi),
     )
     return z, lse
 
@@ -147,12 +151,12 @@ def _backward(
 ):
     """Gradients of q, keys, values and, where there are any, sinks [B, N]."""
     B, T, N, H = q.shape
-    K, S = keys.shape[1:3]
+    K, S, HV = values.shape[1:]
     # A sum of products, not an einsum: a GPU would make that a matrix product in lower precision.
     delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(3).swapaxes(1, 2) - dlse
     arrays = (q, keys, values, q_positions, kv_positions, q_starts, alibi, dz, lse, delta)
-    constants = _constants(options, q, keys, kv_positions, q_starts, alibi)
-    tile = launch("dq", on, H, q.dtype)
+    constants = _constants(options, q, keys, values, kv_positions, q_starts, alibi)
+    tile = launch("dq", on, max(H, HV), q.dtype)
     (dq,) = call(
         dq_kernel,
         *arrays,
@@ -164,7 +168,7 @@ def _backward(
         architecture=on,
         **constants,
     )
-    tile = launch("dkdv", on, H, q.dtype)
+    tile = launch("dkdv", on, max(H, HV), q.dtype)
     dkeys, dvalues = call(
         dkdv_kernel,
         *arrays,

@@ -56,6 +56,8 @@ def _read_dq(
     block,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UNIT: tl.constexpr,
@@ -77,7 +79,7 @@ def _read_dq(
         positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
         inside = (positions >= lowest) & (positions <= highest)
         key = load_rows(keys, cells, H, inside, H, WIDTH)
-        value = load_rows(values, cells, H, inside, H, WIDTH)
+        value = load_rows(values, cells, HV, inside, HV, VALUE_WIDTH)
         _, dscores = _weights_and_dscores(
             tl.dot(query, tl.trans(key), input_precision=PRECISION),
             tl.dot(dz, tl.trans(value), input_precision=PRECISION),
@@ -116,6 +118,8 @@ def dq_kernel(
     K: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -126,9 +130,9 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """q, dz, dq [B, T, N, H]; keys, values [B, K, S, H]; lse, delta [B, N, T]; alibi [B, N].
+    """q, dq [B, T, N, H]; dz [B, T, N, HV]; keys [B, K, S, H]; values [B, K, S, HV].
 
-    Programs: B * N * ceil(T / BLOCK_M).
+    lse, delta [B, N, T]; alibi [B, N]. Programs: B * N * ceil(T / BLOCK_M).
     """
     tiles = tl.cdiv(T, BLOCK_M)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -136,7 +140,7 @@ def dq_kernel(
     b = head // N
     n = head % N
     kv_head = b * K + n // (N // K)
-    block = (keys + kv_head * S * H, values + kv_head * S * H, kv_positions + b * S, S)
+    block = (keys + kv_head * S * H, values + kv_head * S * HV, kv_positions + b * S, S)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < T
@@ -147,7 +151,7 @@ def dq_kernel(
     visible = visible_keys(first, last, inside, kv_positions + b * S, S, HAS_KV_POSITIONS, BLOCK_N)
     per_row = (
         load_rows(q, offsets, H, inside, H, WIDTH),
-        load_rows(dz, offsets, H, inside, H, WIDTH),
+        load_rows(dz, offsets, HV, inside, HV, VALUE_WIDTH),
         tl.load(lse + head * T + rows, mask=inside, other=0.0) * LOG2E,
         tl.load(delta + head * T + rows, mask=inside, other=0.0) * SCALE,
     )
@@ -162,6 +166,8 @@ def dq_kernel(
         block,
         H=H,
         WIDTH=WIDTH,
+        HV=HV,
+        VALUE_WIDTH=VALUE_WIDTH,
         SCALE=SCALE,
         SOFT_CAP=SOFT_CAP,
         UNIT=UNIT,
@@ -184,6 +190,8 @@ def _read_dkdv(
     N: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -204,7 +212,7 @@ def _read_dkdv(
         inside = rows < T
         offsets = rows.to(tl.int64) * N
         query = load_rows(q, offsets, H, inside, H, WIDTH)
-        dz_tile = load_rows(dz, offsets, H, inside, H, WIDTH)
+        dz_tile = load_rows(dz, offsets, HV, inside, HV, VALUE_WIDTH)
         distance = 0
         if HAS_ALIBI:
             last = tl.load(q_positions + rows, mask=inside, other=-1)
@@ -254,6 +262,8 @@ def dkdv_kernel(
     K: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -264,9 +274,10 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """q, dz [B, T, N, H]; keys, values, dkeys, dvalues [B, K, S, H]; lse, delta [B, N, T].
+    """q [B, T, N, H]; dz [B, T, N, HV]; keys, dkeys [B, K, S, H]; values, dvalues [B, K, S, HV].
 
-    Programs: B * K * ceil(S / BLOCK_N), each for all query heads of its key head.
+    lse, delta [B, N, T]; alibi [B, N]. Programs: B * K * ceil(S / BLOCK_N), each for all query
+    heads of its key head.
     """
     tiles = tl.cdiv(S, BLOCK_N)
     kv_head = (tl.program_id(0) // tiles).to(tl.int64)  # of all B * K
@@ -281,15 +292,15 @@ def dkdv_kernel(
     held = positions >= 0
     tile = (
         load_rows(keys, offsets, H, held, H, WIDTH),
-        load_rows(values, offsets, H, held, H, WIDTH),
+        load_rows(values, offsets, HV, held, HV, VALUE_WIDTH),
         positions,
     )
     dk = tl.full([BLOCK_N, WIDTH], 0.0, tl.float32)
-    dv = tl.full([BLOCK_N, WIDTH], 0.0, tl.float32)
+    dv = tl.full([BLOCK_N, VALUE_WIDTH], 0.0, tl.float32)
     for member in range(group):
         n = (kv_head % K) * group + member
         head = b * N + n
-        start = (b * T * N + n) * H
+        start = b * T * N + n
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi + head)
@@ -297,12 +308,14 @@ def dkdv_kernel(
             (dk, dv),
             tile,
             slope,
-            (q + start, dz + start, lse + head * T, delta + head * T),
+            (q + start * H, dz + start * HV, lse + head * T, delta + head * T),
             (q_positions + b * T, q_starts + b * T, T),
             visible,
             N=N,
             H=H,
             WIDTH=WIDTH,
+            HV=HV,
+            VALUE_WIDTH=VALUE_WIDTH,
             SCALE=SCALE,
             WINDOW=WINDOW,
             SOFT_CAP=SOFT_CAP,
@@ -312,4 +325,4 @@ def dkdv_kernel(
             BLOCK_M=BLOCK_M,
         )
     store_rows(dkeys, offsets, H, cells < S, dk, H, WIDTH)
-    store_rows(dvalues, offsets, H, cells < S, dv, H, WIDTH)
+    store_rows(dvalues, offsets, HV, cells < S, dv, HV, VALUE_WIDTH)

@@ -22,6 +22,8 @@ def _read(
     token,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UNIT: tl.constexpr,
@@ -50,7 +52,7 @@ def _read(
         weights = tl.exp2(s - reference[:, None])
         shrink = tl.exp2(peak - reference)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_rows(values, slots, H, seen, H, WIDTH)
+        value = load_rows(values, slots, HV, seen, HV, VALUE_WIDTH)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
         peak = new_peak
@@ -80,6 +82,8 @@ def decode_kernel(
     K: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     SCALE: tl.constexpr,
@@ -92,12 +96,12 @@ def decode_kernel(
     HAS_ALIBI: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """keys, values and keys_out, values_out (the same buffers) [B, L, K, S, H]; layer a scalar.
+    """keys and keys_out (the same buffer) [B, L, K, S, H]; values, values_out [B, L, K, S, HV].
 
-    cells, starts [B]; k, v [B, K, H]; q [B, N, H]; sinks, alibi [N]. z [B, N, splits, H] with peaks
-    and totals [B, N, splits], where one split is already the result. A negative cell writes and
-    reads nothing. Programs: B * K * ceil(N / K / GROUP) * ceil(S / SPLIT), each for GROUP query
-    heads of a key head.
+    layer is a scalar; cells, starts [B]; k [B, K, H]; v [B, K, HV]; q [B, N, H]; sinks, alibi [N].
+    z [B, N, splits, HV] with peaks and totals [B, N, splits], where one split is already the
+    result. A negative cell writes and reads nothing. Programs: B * K * ceil(N / K / GROUP) *
+    ceil(S / SPLIT), each for GROUP query heads of a key head.
     """
     splits = tl.cdiv(S, SPLIT)
     split = tl.program_id(0) % splits
@@ -105,9 +109,9 @@ def decode_kernel(
     group = tl.program_id(0) // splits % groups
     kv_head = (tl.program_id(0) // (splits * groups)).to(tl.int64)  # of all B * K
     b = kv_head // K
-    block = ((b * L + tl.load(layer)) * K + kv_head % K) * S * H
-    keys += block
-    values += block
+    block = ((b * L + tl.load(layer)) * K + kv_head % K) * S
+    keys += block * H
+    values += block * HV
 
     position = tl.load(cells + b)
     first = tl.full([], 0, tl.int32)
@@ -132,14 +136,14 @@ def decode_kernel(
         total = tl.where(split == 0, 1.0, total)
 
     columns = tl.arange(0, WIDTH)
-    exists = columns < H
-    key = tl.load(k + kv_head * H + columns, mask=exists, other=0.0)
-    value = tl.load(v + kv_head * H + columns, mask=exists, other=0.0)
+    key = tl.load(k + kv_head * H + columns, mask=columns < H, other=0.0)
+    value_columns = tl.arange(0, VALUE_WIDTH)
+    value = tl.load(v + kv_head * HV + value_columns, mask=value_columns < HV, other=0.0)
     mine = (position >= 0) & (slot < S) & (slot // SPLIT == split)
-    new_cell = slot.to(tl.int64) * H + columns
-    written = exists & mine & (group == 0)
-    tl.store(keys_out + block + new_cell, key, mask=written)
-    tl.store(values_out + block + new_cell, value, mask=written)
+    new_cell = block + slot
+    written = mine & (group == 0)
+    tl.store(keys_out + new_cell * H + columns, key, mask=written & (columns < H))
+    tl.store(values_out + new_cell * HV + value_columns, value, mask=written & (value_columns < HV))
 
     products = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1)
     s, _ = scores(products, tl.full([GROUP], 0, tl.int32), slope, SCALE, SOFT_CAP, HAS_ALIBI)
@@ -166,6 +170,8 @@ def decode_kernel(
         (first, position, slot),
         H=H,
         WIDTH=WIDTH,
+        HV=HV,
+        VALUE_WIDTH=VALUE_WIDTH,
         SCALE=SCALE,
         SOFT_CAP=SOFT_CAP,
         UNIT=UNIT,
@@ -176,10 +182,10 @@ def decode_kernel(
 
     if splits == 1:
         mixed /= tl.where(total == 0, 1.0, total)[:, None]
-        store_rows(z, heads, H, real, mixed, H, WIDTH)
+        store_rows(z, heads, HV, real, mixed, HV, VALUE_WIDTH)
     else:  # a split that saw nothing says so by its peak, and its sum is never read
         parts = heads * splits + split
-        store_rows(z, parts, H, real & (total > 0), mixed, H, WIDTH)
+        store_rows(z, parts, HV, real & (total > 0), mixed, HV, VALUE_WIDTH)
         tl.store(peaks + parts, peak, mask=real)
         tl.store(totals + parts, total, mask=real)
 

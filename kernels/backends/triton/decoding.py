@@ -34,7 +34,7 @@ def decode(
       blocks: of keys and values, written in place: donate them. A block of `options.window` cells
         is a ring, where position p lives in cell p % window.
       i: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
-      cell: (k [B, 1, K, H], v [B, 1, K, H]).
+      cell: (k [B, 1, K, H], v [B, 1, K, Hv]).
       q: [B, 1, N, H].
       shared: sinks and ALiBi's slopes.
       options: scale, window, soft cap.
@@ -42,7 +42,7 @@ def decode(
         `kernels.tracing.target.architecture`.
 
     Returns:
-      (keys, values) with the new cells, and z [B, 1, N, H] in q's dtype.
+      (keys, values) with the new cells, and z [B, 1, N, Hv] in q's dtype.
 
     Raises:
       NotImplementedError: the head size, dtype or architecture is not in the launch table.
@@ -70,13 +70,15 @@ def decode(
 def _step(options, on, q, k, v, keys, values, layer, cells, sinks, alibi):
     """One step on one device; cells [B]."""
     *_, K, S, H = keys.shape  # to a kernel they are one stretch of memory; no reshape, no copy
+    HV = values.shape[-1]
     B, _, N, _ = q.shape
-    tile = launch("decode", on, H, keys.dtype)
+    tile = launch("decode", on, max(H, HV), keys.dtype)
     split = split_size(on, B * K, S)
     splits = -(-S // split)
     # Query heads of one key head that share a program: a tile of 8192 numbers at most, for which
     # the launches of the table have registers and shared memory.
-    group = min(max(tile.block_m, power_of_two(N // K)), 8192 // width(H))
+    largest = max(tile.block_m, 8192 // width(max(H, HV)))
+    group = min(max(tile.block_m, power_of_two(N // K)), largest)
 
     def heads(x):
         return None if x is None else x.astype(jnp.float32)
@@ -100,7 +102,7 @@ def _step(options, on, q, k, v, keys, values, layer, cells, sinks, alibi):
         outputs=[
             shape(*keys.shape, dtype=keys.dtype),
             shape(*values.shape, dtype=values.dtype),
-            shape(B, N, splits, H, dtype=q.dtype if splits == 1 else jnp.float32),
+            shape(B, N, splits, HV, dtype=q.dtype if splits == 1 else jnp.float32),
             shape(B, N, splits),
             shape(B, N, splits),
         ],
@@ -116,22 +118,22 @@ def _step(options, on, q, k, v, keys, values, layer, cells, sinks, alibi):
         RING=is_ring(options, S),
         HAS_STARTS=False,
         HAS_SINKS=sinks is not None,
-        **score_constants(options, H, alibi),
+        **score_constants(options, H, HV, alibi),
     )
     if splits > 1:
-        tile = launch("combine", on, H, jnp.float32)
+        tile = launch("combine", on, HV, jnp.float32)
         (z,) = call(
             combine_kernel,
             z,
             peaks,
             totals,
-            outputs=[shape(B, N, H, dtype=q.dtype)],
+            outputs=[shape(B, N, HV, dtype=q.dtype)],
             programs=B * N,
             launch=tile,
             architecture=on,
-            H=H,
-            WIDTH=width(H),
+            H=HV,
+            WIDTH=width(HV),
             SPLITS=splits,
             PADDED_SPLITS=power_of_two(splits),
         )
-    return keys, values, z.reshape(q.shape)
+    return keys, values, z.reshape(B, 1, N, HV)

@@ -27,6 +27,8 @@ def _read(
     block,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UNIT: tl.constexpr,
@@ -58,7 +60,7 @@ def _read(
         weights = tl.exp2(s * UNIT - reference[:, None])
         shrink = tl.exp2(peak - reference)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_rows(values, cells, H, inside, H, WIDTH)
+        value = load_rows(values, cells, HV, inside, HV, VALUE_WIDTH)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
         peak = new_peak
@@ -83,6 +85,8 @@ def forward_kernel(
     K: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    HV: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -94,9 +98,10 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """q, z [B, T, N, H]; keys, values [B, K, S, H]; lse [B, N, T]; sinks, alibi [B, N].
+    """q [B, T, N, H]; keys [B, K, S, H]; values [B, K, S, HV]; z [B, T, N, HV]; lse [B, N, T].
 
-    Programs: B * N * ceil(T / BLOCK_M). WIDTH is H rounded up to a power of two.
+    sinks, alibi [B, N]. Programs: B * N * ceil(T / BLOCK_M). WIDTH and VALUE_WIDTH are H and HV
+    rounded up to a power of two.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest rows of a causal text start first
@@ -104,7 +109,7 @@ def forward_kernel(
     b = head // N
     n = head % N
     kv_head = b * K + n // (N // K)
-    block = (keys + kv_head * S * H, values + kv_head * S * H, kv_positions + b * S, S)
+    block = (keys + kv_head * S * H, values + kv_head * S * HV, kv_positions + b * S, S)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < T
@@ -117,7 +122,7 @@ def forward_kernel(
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi + head)
-    mixed = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
+    mixed = tl.full([BLOCK_M, VALUE_WIDTH], 0.0, tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     mixed, total, peak = _read(
@@ -129,6 +134,8 @@ def forward_kernel(
         block,
         H=H,
         WIDTH=WIDTH,
+        HV=HV,
+        VALUE_WIDTH=VALUE_WIDTH,
         SCALE=SCALE,
         SOFT_CAP=SOFT_CAP,
         UNIT=UNIT,
@@ -145,5 +152,5 @@ def forward_kernel(
         mixed *= shrink[:, None]
         peak = new_peak
     mixed /= tl.where(total == 0, 1.0, total)[:, None]
-    store_rows(z, offsets, H, inside, mixed, H, WIDTH)
+    store_rows(z, offsets, HV, inside, mixed, HV, VALUE_WIDTH)
     tl.store(lse + head * T + rows, (peak + tl.log2(total)) * LN2, mask=inside)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from kernels.backends.triton.table import TABLE
 
+LARGEST = 256  # head size, of keys and of values
+LARGEST_DECODED = 1024  # as the latent vectors of arXiv:2405.04434 need, of 512 and 64 numbers
 INTERPRETER = 0  # the architecture that runs the kernels' source on the CPU
 
 _trial = contextvars.ContextVar("triton_trial", default=(None, None))
@@ -69,8 +71,12 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"triton kernels take float32, bfloat16, float16; got {dtype}.")
-    if head_size > 256:
-        raise NotImplementedError(f"triton kernels take a head size up to 256; got {head_size}.")
+    largest = LARGEST_DECODED if kernel in ("decode", "combine") else LARGEST
+    if head_size > largest:
+        what = "for one token" if largest == LARGEST_DECODED else "for several tokens"
+        raise NotImplementedError(
+            f"triton kernels take a head size up to {largest} {what}; got {head_size}."
+        )
     tried, how = _trial.get()
     if kernel == tried:
         return how
@@ -83,7 +89,13 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
         raise NotImplementedError(
             f"triton kernels run on compute capability {known}; got {architecture / 10}."
         )
-    return Launch(*TABLE[_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)][kernel])
+    launches = TABLE.get((_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)), {})
+    if kernel not in launches:
+        raise NotImplementedError(
+            f"the triton kernel {kernel!r} with {dtype} heads of {head_size} numbers does not fit "
+            f"compute capability {architecture / 10}."
+        )
+    return Launch(*launches[kernel])
 
 
 # The family whose entries an architecture uses. Those of 80 fit the smaller shared memory of

@@ -88,7 +88,8 @@ def _kernels(lowered):
             continue
         call = _fields(zlib.decompress(attributes["backend_config"].value_bytes))
         kernel = _fields(_fields(call[1])[1])
-        yield kernel[1].decode(), kernel[2], kernel[3], kernel[4].decode(), kernel[6]
+        shared = kernel.get(3, 0)  # fields that are zero are left out
+        yield kernel[1].decode(), kernel[2], shared, kernel[4].decode(), kernel[6]
 
 
 def _operations(operation):

@@ -71,7 +71,7 @@ def fitting(kernel: str, architecture: int, dtype, width: int, launches, limit: 
             try:
                 lowered = lower(function, *arrays, architecture=architecture)
                 (one,) = compiled(lowered, f"{kernel}_kernel")
-            except RuntimeError as error:  # the compiler gave up
+            except (RuntimeError, ValueError) as error:  # the assembler, or a pass, gave up
                 print(f"  {tuple(launch)}: {str(error).splitlines()[0]}")
                 continue
         reason = misfit(one, dtype)
@@ -140,7 +140,7 @@ def render(entries: dict) -> str:
     lines = ["TABLE = {"]
     for key, row in sorted(entries.items()):
         lines.append(f"    {key}: {{")
-        lines += [f'        "{kernel}": {tuple(row[kernel])},' for kernel in KERNELS]
+        lines += [f'        "{k}": {tuple(row[k])},' for k in KERNELS if k in row]
         lines.append("    },")
     return "\n".join([*lines, "}", ""])
 

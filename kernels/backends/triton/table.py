@@ -2,7 +2,8 @@
 
 {(architecture, bits of the dtype, width of a head): {kernel: (tile of queries, tile of keys, warps,
 stages)}}. Large tiles that need no stack and no spilled register, with triton 3.6.0 and 3.7.1; not
-yet timed on a GPU.
+yet timed on a GPU. A kernel that is missing does not fit. The width is that of keys or of values,
+whichever is larger.
 """
 
 TABLE = {
@@ -30,6 +31,12 @@ TABLE = {
         "dkdv": (16, 64, 8, 2),
         "decode": (16, 64, 4, 2),
     },
+    (80, 16, 512): {
+        "decode": (16, 32, 8, 2),
+    },
+    (80, 16, 1024): {
+        "decode": (16, 32, 8, 1),
+    },
     (80, 32, 32): {
         "forward": (64, 32, 4, 2),
         "dq": (64, 32, 4, 2),
@@ -52,6 +59,9 @@ TABLE = {
         "forward": (16, 32, 8, 1),
         "dq": (16, 32, 8, 1),
         "dkdv": (16, 16, 8, 1),
+        "decode": (16, 16, 8, 2),
+    },
+    (80, 32, 512): {
         "decode": (16, 16, 8, 2),
     },
     (90, 16, 32): {
@@ -78,6 +88,12 @@ TABLE = {
         "dkdv": (64, 32, 8, 1),
         "decode": (16, 64, 4, 2),
     },
+    (90, 16, 512): {
+        "decode": (16, 32, 8, 2),
+    },
+    (90, 16, 1024): {
+        "decode": (16, 32, 8, 2),
+    },
     (90, 32, 32): {
         "forward": (64, 32, 4, 2),
         "dq": (64, 32, 4, 2),
@@ -100,6 +116,12 @@ TABLE = {
         "forward": (16, 32, 8, 1),
         "dq": (16, 32, 8, 1),
         "dkdv": (16, 16, 8, 1),
+        "decode": (16, 16, 8, 2),
+    },
+    (90, 32, 512): {
+        "decode": (16, 32, 8, 2),
+    },
+    (90, 32, 1024): {
         "decode": (16, 16, 8, 2),
     },
     (100, 16, 32): {
@@ -126,6 +148,12 @@ TABLE = {
         "dkdv": (64, 32, 8, 1),
         "decode": (16, 64, 4, 2),
     },
+    (100, 16, 512): {
+        "decode": (16, 32, 8, 2),
+    },
+    (100, 16, 1024): {
+        "decode": (16, 32, 8, 2),
+    },
     (100, 32, 32): {
         "forward": (64, 32, 4, 2),
         "dq": (64, 32, 4, 2),
@@ -148,6 +176,12 @@ TABLE = {
         "forward": (16, 32, 8, 1),
         "dq": (16, 32, 8, 1),
         "dkdv": (16, 16, 8, 1),
+        "decode": (16, 16, 8, 2),
+    },
+    (100, 32, 512): {
+        "decode": (16, 16, 8, 2),
+    },
+    (100, 32, 1024): {
         "decode": (16, 16, 8, 2),
     },
 }

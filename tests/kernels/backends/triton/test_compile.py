@@ -27,7 +27,7 @@ def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def lower_training(architecture, H, dtype, T=T, alibi=None, **choices):
+def lower_training(architecture, H, dtype, HV=None, T=T, alibi=None, **choices):
     """Forward and backward of attention over packed documents."""
     options = Options(H**-0.5, **choices)
 
@@ -39,17 +39,19 @@ def lower_training(architecture, H, dtype, T=T, alibi=None, **choices):
 
         return jax.grad(loss, (0, 1, 2))(q, keys, values)
 
-    q, block = array(B, T, N, H, dtype=dtype), array(B, K, T, H, dtype=dtype)
-    arrays = (q, block, block, array(B, T), array(B, T), alibi)
+    q, keys = array(B, T, N, H, dtype=dtype), array(B, K, T, H, dtype=dtype)
+    values = array(B, K, T, HV or H, dtype=dtype)
+    arrays = (q, keys, values, array(B, T), array(B, T), alibi)
     return lower(gradients, *arrays, architecture=architecture)
 
 
-def lower_decode(architecture, H, dtype, S=8192, **choices):
-    block = array(B, 2, K, S, H, dtype=dtype)
-    cell, q = array(B, 1, K, H, dtype=dtype), array(B, 1, N, H, dtype=dtype)
+def lower_decode(architecture, H, dtype, HV=None, S=8192, **choices):
+    sizes = H, HV or H
+    block = tuple(array(B, 2, K, S, size, dtype=dtype) for size in sizes)
+    cell = tuple(array(B, 1, K, size, dtype=dtype) for size in sizes)
     step = partial(decode, options=Options(H**-0.5, **choices))
-    blocks = Blocks((block, block), array(), batched=True)
-    arrays = (blocks, array(B, 1), (cell, cell), q, Shared())
+    blocks = Blocks(block, array(), batched=True)
+    arrays = (blocks, array(B, 1), cell, array(B, 1, N, H, dtype=dtype), Shared())
     return lower(step, *arrays, architecture=architecture)
 
 
@@ -85,6 +87,33 @@ def test_shipped_kernels_fit(architecture, dtype, H, report):
     if architecture == 90 and dtype == "bfloat16":
         # At 256 the two gradients of a tile of 64 keys would not fit the registers.
         assert instructions(kernels[2])["HGMMA"] or H == 256
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_latent_attention_fits(architecture, dtype, report):
+    """Keys of 192 and values of 128 for many tokens; for one, cells of 576 of which 512 are values.
+
+    These are the sizes of DeepSeek-V2 (arXiv:2405.04434, section 3.1.2).
+    """
+    training = compiled(lower_training(architecture, 192, dtype, HV=128))
+    fits = (architecture, dtype) != (80, "float32")
+    step = compiled(lower_decode(architecture, 576, dtype, HV=512)) if fits else []
+    report(training, 192, dtype)
+    report(step, 576, dtype)
+    for kernel in (*training, *step):
+        assert kernel.shared <= search.SHARED[architecture], kernel.name
+        # As below: a few values wait on the stack where the loops do not touch them.
+        assert kernel.stack <= 32, kernel.name
+
+
+def test_heads_too_large_for_the_kernels():
+    with pytest.raises(NotImplementedError, match="up to 256 for several tokens; got 576"):
+        lower_training(90, 576, "bfloat16", HV=512)
+    with pytest.raises(NotImplementedError, match="up to 1024 for one token; got 1025"):
+        lower_decode(90, 64, "bfloat16", HV=1025)
+    with pytest.raises(NotImplementedError, match="'decode' with float32 heads of 576 numbers"):
+        lower_decode(80, 576, "float32", HV=512)
 
 
 def test_every_option_at_once_compiles(report):

@@ -65,11 +65,12 @@ def cases(draw):
     def normal(*shape, dtype=dtype):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    arrays = normal(B, L, K, size, H), normal(B, L, K, size, H)
+    HV = draw(st.sampled_from([H, 24, 64]))
+    arrays = normal(B, L, K, size, H), normal(B, L, K, size, HV)
     operands = (
         Blocks(arrays, int(rng.integers(L)), batched=True),
         cells,
-        (normal(B, 1, K, H), normal(B, 1, K, H)),
+        (normal(B, 1, K, H), normal(B, 1, K, HV)),
         normal(B, 1, N, H),
         Shared(
             normal(N, dtype=jnp.float32) if draw(st.booleans()) else None,
