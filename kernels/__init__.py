@@ -1,4 +1,4 @@
-"""The hot loops: attention, and the instruction `write_read`. Knows arrays only."""
+"""The hot loops: attention and the instruction `write_read`, on arrays alone."""
 
 from kernels.attention import attention
 

@@ -1,4 +1,4 @@
-"""The public attention op: one meaning, several backends."""
+"""Attention for everyone to call: one meaning, which several backends compute."""
 
 import jax
 import jax.numpy as jnp
@@ -37,21 +37,26 @@ def attention(
       k, v: [B, S, K, H] and [B, S, K, Hv]; N must be a multiple of K. The heads of keys and values
         may have different sizes, as in latent attention (arXiv:2405.04434). What cells hold that no
         query sees changes nothing, as long as it is finite: most backends multiply it by 0.
-      q_positions: [B or 1, T] int; None: 0..T-1. Negative marks padding, which reads nothing.
-      kv_positions: [B or 1, S] int; None: 0..S-1. Negative marks an empty cell.
-      kv_length: [B], or one number: keys from there on are empty cells. None: S.
-      q_starts: [B or 1, T] int, the first position a query may read; None: 0.
-      segments: ids of documents, packed one after another: [B or 1, T] for queries and
-        [B or 1, S] for keys, or one array for both where T = S. A query reads its own document
-        only, the one that its position lies in. Instead of q_starts, and for keys in the order of
-        their positions. None: one document.
-      window: a query sees its last `window` positions, its own included; None: all.
-      soft_cap: cap * tanh(score / cap) on the scaled scores; None: off.
-      sinks: [N] logits that join the softmax's denominator; None: none.
-      alibi: [N] slopes, score -= slope * (i - p); constants, without a gradient.
-      scale: factor on q.k, above 0; None: 1/sqrt(H).
+      q_positions: [B or 1, T] integers, the position of each query; by default 0..T-1. A negative
+        position marks padding, which reads nothing.
+      kv_positions: [B or 1, S] integers, the position of each key; by default 0..S-1. A negative
+        position marks an empty cell.
+      kv_length: one integer, or [B] of them, one per row: the cells from this one on are empty. By
+        default none is.
+      q_starts: [B or 1, T] integers, the first position that each query may read; by default 0.
+      segments: the ids of documents that are packed one after another, as a pair of arrays
+        [B or 1, T] for queries and [B or 1, S] for keys, or as one array for both if T = S. A query
+        then reads only the document in which its own position lies. Keys must lie in the order of
+        their positions, and neither q_starts nor kv_positions may be given. By default all is one
+        document.
+      window: how many positions a query sees, its own included; by default all.
+      soft_cap: if given, a scaled score becomes soft_cap * tanh(score / soft_cap).
+      sinks: [N] logits that join the softmax's denominator, one per query head; by default none.
+      alibi: [N] slopes (arXiv:2108.12409): slope * (i - p) is taken from the score of a query at i
+        and a key at p. They are constants and have no gradient.
+      scale: the factor on q.k, which must be above 0; by default 1 / sqrt(H).
       backend: "auto" or one of `kernels.backends.choice.BACKENDS`.
-      return_lse: also return the log-sum-exp of the scores.
+      return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
       z [B, T, N, Hv] in q's dtype, zero where a query reads nothing; or (z, lse) with lse
@@ -77,13 +82,17 @@ def attention(
     _check_rows("q_starts", q_starts, B, T)
     for name, x in (("sinks", sinks), ("alibi", alibi)):
         if x is not None and jnp.shape(x) != (N,):
-            raise ValueError(f"{name} has shape {jnp.shape(x)}; it is [N={N}], one per query head.")
+            raise ValueError(
+                f"{name} has shape {jnp.shape(x)}; it must be [N={N}], one per query head."
+            )
     options = Options(H**-0.5 if scale is None else scale, window, soft_cap)
 
     q_positions, kv_positions, q_starts = map(_narrow, (q_positions, kv_positions, q_starts))
     if segments is not None:
         if q_starts is not None or kv_positions is not None:
-            raise ValueError("segments goes without q_starts and kv_positions; give one of them.")
+            raise ValueError(
+                "segments cannot be combined with q_starts or kv_positions; give only one of them."
+            )
         q_starts = _starts(*_segment_pair(segments, B, T, S), q_positions)
     if kv_length is not None:
         length = _lengths(kv_length, B, S)
@@ -134,28 +143,31 @@ def _narrow(x):
 
 
 def _check_rows(name, x, rows, length):
-    """Refuses an array that is not [B or 1, length] of integers; None passes."""
+    """Raises an error unless x is None or holds integers of shape [rows or 1, length]."""
     if x is None:
         return
     if jnp.shape(x) not in ((rows, length), (1, length)):
         raise ValueError(
-            f"{name} has shape {jnp.shape(x)}; it is [{rows}, {length}], or [1, {length}] where "
+            f"{name} has shape {jnp.shape(x)}; it must be [{rows}, {length}], or [1, {length}] if "
             "all rows are alike."
         )
     if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-        raise TypeError(f"{name} holds {jnp.result_type(x)}; positions are integers.")
+        raise TypeError(f"{name} holds {jnp.result_type(x)}; they must be integers.")
 
 
 def _segment_pair(segments, B, T, S):
     if not isinstance(segments, tuple | list):
         if T != S:
             raise ValueError(
-                f"segments is one array, and there are {T} queries and {S} keys; give a pair "
-                "(of queries, of keys)."
+                f"segments is one array, but there are {T} queries and {S} keys; give a pair "
+                "(segments of queries, segments of keys)."
             )
         segments = segments, segments
     if len(segments) != 2:
-        raise ValueError(f"segments has {len(segments)} arrays; give a pair (of queries, of keys).")
+        raise ValueError(
+            f"segments has {len(segments)} arrays; give a pair (segments of queries, segments of "
+            "keys)."
+        )
     _check_rows("segments of queries", segments[0], B, T)
     _check_rows("segments of keys", segments[1], B, S)
     return (jnp.asarray(x, jnp.int32) for x in segments)
@@ -181,7 +193,7 @@ def _lengths(kv_length, B, S):
     length = jnp.asarray(kv_length)
     if length.shape not in ((), (1,), (B,)) or not jnp.issubdtype(length.dtype, jnp.integer):
         raise ValueError(
-            f"kv_length holds {length.dtype} of shape {length.shape}; it is an integer, or [{B}] "
-            "of them, one per row."
+            f"kv_length holds {length.dtype} of shape {length.shape}; it must be one integer, or "
+            f"[{B}] of them, one per row."
         )
     return length.clip(0, S).astype(jnp.int32).reshape(-1, 1)

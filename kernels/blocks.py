@@ -1,8 +1,9 @@
 """Blocks as they lie in a cache: one block or a stack of them, for one sequence or for several.
 
-The arrays of a block, a pytree, may stand alone; or with an axis of L layers in front, whose
-blocks share one array; and in front of that with an axis of B sequences. What reads or writes a
-block in place must know which, and this says so: nothing is guessed from the number of axes.
+A block is a pytree of arrays. They may stand alone, or have an axis of L layers in front, whose
+blocks then share one array; and in front of that, they may have an axis of B sequences. A function
+that reads or writes a block in place must know which it is. `Blocks` says so, and nothing is
+guessed from the number of axes.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ import jax.numpy as jnp
 )
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks that one instruction may touch.
+    """The blocks that one instruction may read and write.
 
     Attributes:
       arrays: a pytree of arrays [..., block]; in front of the block's own axes stand [B] where
         `batched`, and then [L] where there is a `layer`.
-      layer: scalar int32, which of the L layers is meant; None where no layers are stacked.
-      batched: whether there is an axis of sequences; without it B is 1.
+      layer: a scalar int32, the one of the L layers that is meant; None if no layers are stacked.
+      batched: whether there is an axis of sequences; if there is not, B is 1.
     """
 
     arrays: Any
@@ -34,12 +35,12 @@ class Blocks:
     batched: bool = False
 
     def take(self):
-        """The block of the one layer, with an axis of sequences: arrays [B, block]."""
+        """Returns the block of the layer, with an axis of sequences: arrays [B, block]."""
         block = self.take_as_it_lies()
         return block if self.batched else jax.tree.map(lambda x: x[None], block)
 
     def take_as_it_lies(self):
-        """The block of the one layer: arrays [B, block] where `batched`, else [block]."""
+        """Returns the block of the layer: arrays [B, block] if `batched`, else [block]."""
         if self.layer is None:
             return self.arrays
         one = partial(
@@ -48,17 +49,17 @@ class Blocks:
         return jax.tree.map(one, self.arrays)
 
     def put(self, block):
-        """The arrays with the one layer's block, [B, block], in place of what it was."""
+        """Returns all arrays, with `block` [B, block] in place of the layer's own."""
         return self.put_as_it_lies(block if self.batched else jax.tree.map(lambda x: x[0], block))
 
     def put_as_it_lies(self, block):
-        """`put` of a block as `take_as_it_lies` gives it."""
+        """Does what `put` does, for a block as `take_as_it_lies` returns it."""
         if self.layer is None:
             return block
         one = partial(jax.lax.dynamic_update_index_in_dim, index=self.layer, axis=int(self.batched))
         return jax.tree.map(one, self.arrays, block)
 
     def index(self, row, *within):
-        """Where a slice of the arrays begins: sequence `row`, layer, then the block's own axes."""
+        """Returns where a slice begins: the sequence, the layer, then the block's own axes."""
         front = [*([row] if self.batched else []), *([] if self.layer is None else [self.layer])]
         return [jnp.asarray(n, jnp.int32) for n in (*front, *within)]

@@ -1,7 +1,7 @@
 """Where new cells go in a block [B, K, S, H]: slice updates, never a scatter.
 
-A cell outside of the block is not written, and -1 stands for none. Numbers of cells and positions
-[1, T] are shared by all sequences, [B, T] give each sequence its own.
+A cell that lies outside of the block is not written; -1 stands for no cell. Where cells or
+positions are [1, T], all sequences share them; where they are [B, T], each sequence has its own.
 
 A block of exactly `window` cells is a ring: position p lies in cell p % window.
 """
@@ -23,7 +23,7 @@ def is_ring(options: Options, size: int) -> bool:
 def ring_positions(last, size: int):
     """The position that each cell of a ring holds once `last` [B or 1, 1] is written.
 
-    Negative where the cell is still empty. Returns [B or 1, S].
+    The result is [B or 1, S], negative where a cell is still empty.
     """
     return last - (last - jnp.arange(size, dtype=last.dtype)) % size
 
@@ -31,7 +31,7 @@ def ring_positions(last, size: int):
 def write(block, cells, new):
     """Writes new cells [B, K, T, H] into a block [B, K, S, H] at consecutive cells [B or 1, T].
 
-    Padding, cell -1, comes last in a row.
+    Padding is the cell -1 and must come last in a row. Raises ValueError if T exceeds S.
     """
     size, count = block.shape[2], new.shape[2]
     if count > size:
@@ -98,7 +98,7 @@ def write_one(blocks: Blocks, cells, cell, axis: int = 1):
       blocks: arrays of blocks [K, S, ...]; or [S, ...], with axis 0.
       cells: [B or 1] int32, the cell of each sequence.
       cell: the new cell, a pytree of arrays [B, 1, K, ...]; or [B, 1, ...].
-      axis: which axis of a block is that of its S cells.
+      axis: the axis of a block along which its S cells lie.
 
     Returns:
       The arrays of the blocks.

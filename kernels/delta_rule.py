@@ -49,7 +49,7 @@ def step(state, i, q, k, v, g, beta):
       The new state, and z [N, Hv] in the type of q.
 
     Raises:
-      ValueError: if shapes do not fit together, or if the state is narrower than float32.
+      ValueError: shapes do not fit together, or the state is narrower than float32.
     """
     dtype = q.dtype
     state, q, k, v, g, beta = _prepare(state, i, q, k, v, g, beta)
@@ -103,7 +103,7 @@ def _prepare(state, i, q, k, v, g, beta):
     """All in the state's type. Padding becomes zeros, which change and read nothing."""
     heads, key_size, value_size = state.shape
     if jnp.finfo(state.dtype).bits < 32:
-        raise ValueError(f"the state must be float32 or float64, and is {state.dtype}.")
+        raise ValueError(f"the state must be float32 or float64, but it is {state.dtype}.")
     tokens = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     sizes = {"q": (key_size,), "k": (key_size,), "v": (value_size,), "g": (), "beta": ()}
     for name, x in tokens.items():
@@ -111,7 +111,7 @@ def _prepare(state, i, q, k, v, g, beta):
         if x.shape != expected:
             raise ValueError(
                 f"{name} must be {expected}, for positions of shape {i.shape} and a state of shape "
-                f"{state.shape}, and is {x.shape}."
+                f"{state.shape}, but it is {x.shape}."
             )
         real = (i >= 0).reshape(i.shape + (1,) * (x.ndim - i.ndim))
         tokens[name] = jnp.where(real, x.astype(state.dtype), 0)

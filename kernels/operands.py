@@ -1,4 +1,4 @@
-"""What a read takes besides queries, keys and values, as pytrees."""
+"""The operands of a read besides queries, keys and values, as pytrees."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,11 @@ class Where:
     """Which keys each query reads: those at positions start..i that its window reaches.
 
     Attributes:
-      q_positions: [B or 1, T] int32, the position i of each query; a negative one is padding, which
-        reads nothing.
-      kv_positions: [B or 1, S] int32, the position that each cell holds, negative where it is
-        empty; None: cell s holds position s.
-      q_starts: [B or 1, T] int32, the first position that each query may read; None: 0.
+      q_positions: [B or 1, T] int32, the position i of each query. A negative position marks
+        padding, which reads nothing.
+      kv_positions: [B or 1, S] int32, the position that each cell holds, negative if the cell is
+        empty; if None, cell s holds position s.
+      q_starts: [B or 1, T] int32, the first position that each query may read; if None, it is 0.
     """
 
     q_positions: jax.Array
@@ -34,9 +34,9 @@ class Shared:
     """What all queries of a read have in common.
 
     Attributes:
-      sinks: [N] logits that join the softmax's denominator (gpt-oss); None: none.
-      alibi: [N] slopes, score -= slope * (i - p) (arXiv:2108.12409); constants, without a gradient;
-        None: none.
+      sinks: [N] logits that join the softmax's denominator, as in gpt-oss; None if there are none.
+      alibi: [N] slopes (arXiv:2108.12409): slope * (i - p) is taken from each score. They are
+        constants and have no gradient; None if there are none.
     """
 
     sinks: jax.Array | None = None

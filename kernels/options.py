@@ -12,13 +12,14 @@ import jax
 class Options:
     """How scores are made and which keys are seen; a static argument, also as a pytree.
 
-    scale: factor on q.k, usually 1/sqrt(H); above 0.
-    window: a query at position i sees the positions i - window + 1 .. i, at least 1; None: all up
-      to i.
-    soft_cap: cap * tanh(score / cap) on the scaled scores, above 0 (Gemma 2, arXiv:2408.00118);
-      None: off.
+    Attributes:
+      scale: the factor on q.k, which must be above 0; usually 1 / sqrt(H).
+      window: a query at position i sees the positions i - window + 1 .. i; at least 1. If None, it
+        sees all positions up to i.
+      soft_cap: a scaled score becomes soft_cap * tanh(score / soft_cap), as in Gemma 2
+        (arXiv:2408.00118); above 0. If None, scores stay as they are.
 
-    Numbers of NumPy become Python's, which compilers of kernels take for constants.
+    NumPy's numbers are turned into Python's, which compilers of kernels take for constants.
 
     Raises:
       ValueError: a number is out of its range.
@@ -44,5 +45,5 @@ class Options:
                 raise TypeError(f"window={self.window}; it must be an integer, or None.") from None
             if self.window < 1:
                 raise ValueError(
-                    f"window={self.window}; a query sees at least 1 position, its own."
+                    f"window={self.window}; it must be at least 1: a query sees its own position."
                 )

@@ -42,23 +42,24 @@ def chunk(
         `keys_values` makes the two.
       i: [B or 1, T] int32: consecutive positions; padding is -1 and comes last in a row. A padding
         token writes nothing and reads nothing.
-      cell: (k [B, T, K, H], v [B, T, K, Hv]), or what else the block holds; written in the
-        block's dtypes.
+      cell: (k [B, T, K, H], v [B, T, K, Hv]), or whatever else the block holds. It is written in
+        the dtypes of the block.
       q: [B, T, N, H].
-      shared: sinks and ALiBi's slopes.
-      options, backend: static.
-      packed: static: positions may begin again at 0, where another document begins. A token sees
-        its own document only, and the block that is returned holds the last one, in cells
-        0..i[-1]; what its other cells hold is undefined. i[0] + T must not exceed S, except in a
-        ring: what is read is not a number otherwise.
-      keys_values: a function of a block's arrays to (keys, values).
+      shared: the sinks and the slopes of ALiBi.
+      options: scale, window and soft cap; static.
+      packed: whether positions may begin again at 0, where another document begins; static. A token
+        then sees only its own document, and the block that is returned holds the last document, in
+        cells 0..i[-1]; what its other cells hold is undefined. Except in a ring, i[0] + T must not
+        exceed S; if it does, what is read is nan.
+      backend: the name of a backend, or "auto"; static.
+      keys_values: a function that maps a block's arrays to (keys, values).
 
     Returns:
       (block, z): the block with the new cells, and z [B, T, N, Hv] in q's dtype. Both have
       gradients for block, cell, q and sinks, in the modes of differentiation that the backend has.
 
     Raises:
-      ValueError: there are more tokens than cells.
+      ValueError: there are more tokens than cells, and the block is not a ring.
       NotImplementedError: the backend cannot do it, for the reason given.
     """
     operands = block, i, cell, q, shared
@@ -88,7 +89,7 @@ def _write_last(block, i, new, *, ring):
 
 
 def _consecutive(first, i):
-    """Cells from `first` on, one for each token at positions i; -1 for padding."""
+    """Consecutive cells from `first` on, one for each token; -1 for padding."""
     return jnp.where(i < 0, -1, first + jnp.arange(i.shape[1], dtype=i.dtype))
 
 
@@ -129,7 +130,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options, back
       (arrays, z): the arrays of the blocks with the new cells, and z [B, 1, N, Hv].
 
     Raises:
-      NotImplementedError: the backend has no such way, or not for this; `chunk` may have one.
+      NotImplementedError: the backend has no such way, or none for this case; `chunk` may have one.
     """
     operands = blocks, i, cell, q, shared
     operands = vary_like(operands, operands)
@@ -143,7 +144,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options, back
 
 
 def read(blocks: Blocks, i, q, shared: Shared, *, options: Options, backend: str):
-    """One token of each sequence reads a block in which its cell is written; without a gradient.
+    """Reads a block that already holds the cell of each sequence's token; without a gradient.
 
     Args:
       blocks, i, q, shared, options, backend: as in `decode`.

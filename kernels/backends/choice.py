@@ -1,4 +1,4 @@
-"""What can run attention, and the choice among it.
+"""The backends that can run attention, and the choice among them.
 
 A backend is a module with `attend(q, keys, values, where, shared, *, options) -> (z, lse)`, and,
 where it has a way of its own to run one token on blocks as they lie, with
@@ -6,8 +6,8 @@ where it has a way of its own to run one token on blocks as they lie, with
     decode(blocks, i, cell, q, shared, *, options) -> (arrays, z)
     read(blocks, i, q, shared, *, options) -> z
 
-as in `kernels.write_read`. It raises NotImplementedError, with the reason and before it computes
-anything, when it cannot do what it is asked to.
+as in `kernels.write_read`. A backend that cannot do what it is asked to raises NotImplementedError
+with the reason, before it computes anything.
 """
 
 import functools
@@ -32,7 +32,7 @@ BACKENDS = {
     "splash": "kernels.backends.splash",
     "splash_interpret": "kernels.backends.splash_interpret",
 }
-# What "auto" tries, in order. cudnn is not among it: it needs positions that are known while
+# What "auto" tries, in order. cudnn is not among them: it needs positions that are known while
 # tracing, and those of a program are data.
 AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
 FORWARD_MODE = ("xla", "reference")  # those that jax.jvp and jax.linearize go through
@@ -62,8 +62,9 @@ def run(name: str, call: Callable):
     """Runs `call(backend)` with the module of a backend.
 
     Args:
-      name: one of `BACKENDS`; or "auto", the first of `AUTO` for the platform that can do it. What
-        was chosen is logged once: as information, or as a warning where a better one could not.
+      name: one of `BACKENDS`; or "auto", which takes the first of `AUTO` for the platform that can
+        do it. The choice is logged once: as information, or as a warning if a better backend had to
+        be passed over.
       call: a function of the module, traced.
 
     Raises:

@@ -17,7 +17,8 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     """`kernels.backends.xla.attend` without the log-sum-exp: None in its place.
 
     Raises:
-      NotImplementedError: cuDNN has no argument for it, or this is no CUDA GPU with cuDNN.
+      NotImplementedError: cuDNN has no argument for what is asked, or the platform is not a CUDA
+        GPU with cuDNN.
     """
     T, S = q.shape[1], keys.shape[2]
     _refuse(
@@ -27,7 +28,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
             "queries and keys must have one dtype": q.dtype != keys.dtype,
             "the heads of keys and values must have one size": keys.shape != values.shape,
             "it has no positions of keys": where.kv_positions is not None,
-            "it has no first positions (packed documents)": where.q_starts is not None,
+            "it has no packed documents": where.q_starts is not None,
             "it has no sinks": shared.sinks is not None,
             "it has no ALiBi": shared.alibi is not None,
             "it has no soft cap": options.soft_cap is not None,
@@ -44,7 +45,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
         _refuse(
             {
                 "it needs positions 0..T-1 known while tracing: leave q_positions out": not known,
-                f"it needs as many keys as queries, and got {S} for {T}": S < T,
+                f"it needs as many keys as queries, but got {S} for {T}": S < T,
             }
         )
         keys, values = keys[:, :, :T], values[:, :, :T]

@@ -56,11 +56,12 @@ def attend(
     """`kernels.backends.xla.attend` without the log-sum-exp: None in its place.
 
     Args:
-      interpret: run the kernel's program on the platform at hand, for tests.
+      interpret: whether to run the kernel's program on the platform at hand, as tests do.
 
     Raises:
-      NotImplementedError: positions of keys, ALiBi, starts in a block of more than 32768 cells,
-        `jax_enable_x64`, a `shard_map` that checks what varies, or this is no TPU.
+      NotImplementedError: the platform is not a TPU, or the kernel lacks what is asked for:
+        positions of keys, ALiBi, keys and values of different sizes, starts in a block of more than
+        32768 cells, `jax_enable_x64`, or a `shard_map` that checks what varies.
     """
     B, T, N, _ = q.shape
     _check(q, keys, values, where, shared, interpret)
@@ -149,7 +150,7 @@ def _check(q, keys, values, where, shared, interpret):
     if jax.config.jax_enable_x64:
         raise NotImplementedError("it has no float64, and does not run under jax_enable_x64.")
     if varying(q):
-        raise NotImplementedError("inside shard_map it takes check_vma=False.")
+        raise NotImplementedError("inside shard_map it needs check_vma=False.")
     if keys.shape != values.shape:
         raise NotImplementedError("the heads of keys and values must have one size.")
     if where.kv_positions is not None:
@@ -158,7 +159,7 @@ def _check(q, keys, values, where, shared, interpret):
         raise NotImplementedError("it has no ALiBi.")
     if where.q_starts is not None and num_cells > 1 << PACKED_BITS:
         raise NotImplementedError(
-            f"with first positions (packed documents) it takes up to {1 << PACKED_BITS} cells; "
+            f"with packed documents it takes blocks of up to {1 << PACKED_BITS} cells; "
             f"got {num_cells}."
         )
 

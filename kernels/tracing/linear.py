@@ -34,11 +34,11 @@ def linear_call(
         differentiated too.
       residuals: what the map depends on; they may hold integers and None.
       operands: arrays of floating-point numbers.
-      results: arrays of the shapes and dtypes of the results, if they are known: reverse mode then
-        never traces `fun`. None: it is traced for them, once if it is always the same object.
+      results: arrays of the shapes and dtypes of the results, if they are known; reverse mode then
+        never traces `fun`. If None, `fun` is traced for them.
 
     Returns:
-      What `fun` returns.
+      The results of `fun`.
 
     Raises:
       TypeError: an operand is not floating-point, or `transpose` returns another structure than

@@ -1,8 +1,8 @@
-"""Several devices: splitting a kernel over them under plain jit, and being inside of `shard_map`.
+"""Kernels on several devices: split over them by plain jit, or called inside of `shard_map`.
 
 To XLA a kernel is one opaque call: given sharded operands, it would gather them and run the whole
-on every device. Attention is independent for each sequence and for each key head with its queries,
-and that is what is said here.
+kernel on every device. But attention is independent for each sequence, and for each key head with
+its query heads, and this module tells XLA so.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +28,15 @@ def split_by_rows_and_heads(
     """Calls `function(*operands)` so that jit may run it on a part of the rows and heads.
 
     Args:
-      function: of arrays, to a tuple of arrays. It reads all sizes from its operands.
-      operands: arrays, or None. The first has axes b and n, the second has k.
-      axes: of each operand, a letter for each axis: b sequences, n query heads, k key heads; any
-        other letter is an axis that stays whole.
-      result_axes: of each result.
+      function: a function of arrays that returns a tuple of arrays. It must read all sizes from
+        its operands.
+      operands: arrays, or None. The first must have the axes b and n, the second the axis k.
+      axes: for each operand a string with a letter for each axis: b for sequences, n for query
+        heads, k for key heads, and any other letter for an axis that stays whole.
+      result_axes: the same for each result.
 
     Returns:
-      The results. On one device it is nothing but the call.
+      The results. With one device this is no more than the call.
     """
     if jax.device_count() == 1:
         return tuple(function(*operands))
@@ -67,9 +68,9 @@ def split_by_rows_and_heads(
 
 
 def foldable(function: Callable, axes: Sequence[str], result_axes: Sequence[str]):
-    """`function`, split over devices as above, and with a rule for `vmap`.
+    """Returns `function`, split over devices as above and with a rule for `vmap`.
 
-    An axis that is mapped joins b, the leading axis of every operand and result.
+    An axis that is mapped joins b, which must be the leading axis of every operand and result.
     """
 
     @custom_vmap
@@ -105,12 +106,12 @@ def vary_like(tree, like):
 
 
 def varying(x) -> frozenset[str]:
-    """The mesh axes of `shard_map` that an array varies over; none outside, or with no check."""
+    """The mesh axes of `shard_map` that an array varies over, as far as `shard_map` checks it."""
     return jax.typeof(x).mat.varying
 
 
 def _split(mesh, shapes, axes, num_kv_heads):
-    """The mesh axes over which rows and heads are split, as the first operands lie."""
+    """The mesh axes over which rows and heads are split: those of the first operand."""
 
     def spec(operand, letter):
         sharding = shapes[operand].sharding
@@ -133,7 +134,7 @@ def _split(mesh, shapes, axes, num_kv_heads):
 
 
 def _rule(axes, result_axes, group):
-    """What Shardy is told: which axes of operands and results are the same axis."""
+    """Tells Shardy which axes of operands and results are the same axis."""
     whole = []
 
     def factor(letter):

@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 def define(
     name: str, fun: Callable, batch: Callable, jvp: Callable | None = None
 ) -> core.Primitive:
-    """Makes a primitive with several results out of a function of arrays.
+    """Makes a primitive that has several results out of a function of arrays.
 
     Args:
       name: the primitive's name, as it appears in jaxprs.
@@ -29,7 +29,7 @@ def define(
         None where an operand is not mapped. It is called for every axis, also where no operand is
         mapped.
       jvp: `jvp(fun, primals, moving, tangents, **params) -> (results, tangents)`, where `moving`
-        are the numbers of the operands that have a tangent. None: JAX differentiates `fun`.
+        holds the indices of the operands that have a tangent. If None, JAX differentiates `fun`.
 
     Returns:
       The primitive; call it with `primitive.bind(*arrays, **params)`.
@@ -74,7 +74,7 @@ def define(
 
 
 def jvp_of_moving(fun: Callable, primals, moving, tangents, **params):
-    """Differentiates `fun` in the operands `moving`, given their tangents: (results, tangents)."""
+    """Differentiates `fun` in the operands `moving` and returns (results, tangents)."""
 
     def of_moving(*arrays):
         operands = list(primals)

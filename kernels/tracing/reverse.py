@@ -1,6 +1,6 @@
-"""A function that has gradients in reverse mode, once; any other derivative is refused in words.
+"""Functions with first derivatives in reverse mode only, which refuse any other with a sentence.
 
-Left to itself, JAX would speak of the `custom_vjp` or the kernel that it met inside.
+Left to itself, JAX would complain about the `custom_vjp` or the kernel that it met inside.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ class NoSuchDerivative(NotImplementedError):
 
 
 def reverse_only(fun: Callable, message: str) -> Callable:
-    """Makes `fun(moving, fixed)` refuse all derivatives but one in reverse mode.
+    """Makes `fun(moving, fixed)` refuse all derivatives except a first one in reverse mode.
 
-    JAX takes the same first step in both modes, and which one is meant shows later: in reverse mode
-    tangents are transposed away, so they are never computed.
+    JAX takes the same first step in both modes, and only later does it show which one is meant: in
+    reverse mode the tangents are transposed away, so that they are never computed.
 
     Args:
-      fun: a function of two pytrees of arrays, with gradients for the first.
-      message: what the error says.
+      fun: a function of two pytrees of arrays, which has gradients for the first.
+      message: the text of the error.
 
     Returns:
       The function. It raises NoSuchDerivative when a tangent is evaluated or, under jit, when it is

@@ -1,4 +1,4 @@
-"""Which platform a computation is traced for: this process's own, or another that is named."""
+"""The platform that a computation is traced for: that of this process, or one that is named."""
 
 import contextlib
 import contextvars
@@ -25,10 +25,11 @@ def target(platform: str, architecture: int | None = None):
 
     Args:
       platform: one of `PLATFORMS`.
-      architecture: of a CUDA GPU, ten times the compute capability: 80, 90, 100, ...
+      architecture: ten times the compute capability of a CUDA GPU: 80, 90, 100, ...; None for any
+        other platform.
 
     Raises:
-      ValueError: the platform does not exist, or is a GPU without an architecture.
+      ValueError: the platform does not exist, or the architecture does not go with it.
     """
     if platform not in PLATFORMS or (platform == "gpu") != (architecture is not None):
         raise ValueError(
@@ -43,7 +44,7 @@ def target(platform: str, architecture: int | None = None):
 
 
 def platform() -> str:
-    """The platform that `target` set, or that on which this process runs: one of `PLATFORMS`."""
+    """The platform that `target` set, or else the one that this process runs on."""
     if _target.get() is not None:
         return _target.get().platform
     device = jax.config.jax_default_device
@@ -56,7 +57,7 @@ def architecture() -> int:
     """Ten times the compute capability of the CUDA GPU that is traced for.
 
     Raises:
-      NotImplementedError: this is another platform.
+      NotImplementedError: the platform is not a CUDA GPU.
     """
     if platform() == "gpu":
         if _target.get() is not None:

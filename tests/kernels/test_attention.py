@@ -1,4 +1,8 @@
-"""Every backend that runs here against the reference in float64: outputs and gradients."""
+"""Every backend that runs here against the reference in float64: outputs and gradients.
+
+These are also the tests of kernels/operands.py, of kernels/backends/{xla,cudnn,splash_interpret}.py
+and of the forward and backward kernels in kernels/backends/triton.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -384,7 +388,7 @@ LIMITS = {
     "lse": ({"return_lse": True}, "it does not give the log-sum-exp"),
     "q_positions": ({"q_positions": np.arange(50)[None] + 1}, "it needs positions 0..T-1 known"),
     "kv_length": ({"kv_length": 60}, "it needs positions 0..T-1 known"),
-    "q_starts": ({"q_starts": np.zeros((1, 50), int)}, "it has no first positions"),
+    "q_starts": ({"q_starts": np.zeros((1, 50), int)}, "it has no packed documents"),
     "sinks": ({"sinks": np.zeros(4)}, "it has no sinks"),
     "soft_cap": ({"soft_cap": 2.0}, "it has no soft cap"),
     "float32": ({"q": np.zeros((2, 50, 4, 32), np.float32)}, "it takes float16 and bfloat16 only"),
@@ -424,12 +428,12 @@ WRONG = {
     "v of another length": ({"v": X[:, :3]}, r"v \[B, S, K, Hv\]"),
     "heads": ({"k": X[:, :, :2], "v": X[:, :, :2]}, "3 query heads cannot share 2"),
     "backend": ({"backend": "abacus"}, "'abacus' does not exist; choose one of auto"),
-    "positions": ({"q_positions": np.zeros(4, int)}, r"shape \(4,\); it is \[2, 4\], or \[1, 4\]"),
+    "positions": ({"q_positions": np.zeros(4, int)}, r"it must be \[2, 4\], or \[1, 4\]"),
     "starts": ({"q_starts": np.zeros((2, 3), int)}, r"q_starts has shape \(2, 3\)"),
     "key positions": ({"kv_positions": np.zeros((3, 4), int)}, r"kv_positions has shape \(3, 4\)"),
     "lengths": ({"kv_length": np.zeros(3, int)}, r"kv_length holds int\d+ of shape \(3,\)"),
-    "sinks": ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); it is \[N=3\]"),
-    "window": ({"window": 0}, "window=0; a query sees at least 1"),
+    "sinks": ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); it must be \[N=3\]"),
+    "window": ({"window": 0}, "window=0; it must be at least 1"),
     "scale": ({"scale": 0.0}, "scale=0.0; it must be a number above 0"),
     "scale without an end": ({"scale": np.inf}, "scale=inf; it must be a number above 0"),
     "soft cap": ({"soft_cap": 0.0}, "soft_cap=0.0; it must be a number above 0"),
@@ -437,7 +441,7 @@ WRONG = {
     "segments": ({"segments": np.zeros((1, 5), int)}, r"segments of queries has shape \(1, 5\)"),
     "segments and starts": (
         {"segments": np.zeros((1, 4), int), "q_starts": np.zeros((1, 4), int)},
-        "give one of them",
+        "give only one of them",
     ),
 }
 
@@ -450,7 +454,7 @@ def test_wrong_use_is_refused(wrong):
 
 
 def test_wrong_numbers_are_refused():
-    with pytest.raises(TypeError, match=r"q_positions holds float\d+; positions are integers"):
+    with pytest.raises(TypeError, match=r"q_positions holds float\d+; they must be integers"):
         attention(X, X, X, q_positions=np.zeros((1, 4)))
     with pytest.raises(TypeError, match="q holds int32"):
         attention(X.astype(np.int32), X, X)

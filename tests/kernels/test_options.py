@@ -26,7 +26,7 @@ def test_it_is_static_inside_a_pytree():
         ({"scale": 0}, ValueError, "scale=0; it must be a number above 0"),
         ({"scale": np.nan}, ValueError, "scale=nan; it must be a number above 0"),
         ({"soft_cap": -1.0}, ValueError, "soft_cap=-1.0; it must be a number above 0"),
-        ({"window": 0}, ValueError, "window=0; a query sees at least 1 position, its own"),
+        ({"window": 0}, ValueError, "window=0; it must be at least 1"),
         ({"window": 2.0}, TypeError, "window=2.0; it must be an integer, or None"),
     ],
 )

@@ -1,6 +1,6 @@
 """The backend `triton`: fused attention for CUDA GPUs, called through jax-triton.
 
-`triton.interpret` is the same source on a CPU. Needs the packages triton and jax-triton.
+`triton.interpret` runs the same source on a CPU. Both need the packages triton and jax-triton.
 """
 
 from kernels.backends.triton.attention import attend

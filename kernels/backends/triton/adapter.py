@@ -19,15 +19,15 @@ def call(kernel, *operands, outputs, programs, launch, architecture, aliases=Non
       *operands: arrays and Python integers; None stands for an array that the kernel does not
         look at.
       outputs: one `jax.ShapeDtypeStruct` for each output.
-      programs: number of programs, a one-dimensional grid.
-      launch: `launches.Launch`; its tiles are the constants BLOCK_M and BLOCK_N of a kernel that
-        has such.
+      programs: the number of programs, which form a one-dimensional grid.
+      launch: a `launches.Launch`; its tiles become the constants BLOCK_M and BLOCK_N if the kernel
+        has them.
       architecture: ten times the compute capability, or `launches.INTERPRETER`.
-      aliases: {operand: output} that share a buffer; operands are counted among the arrays.
+      aliases: {operand: output}, for those that share a buffer; only arrays are counted.
       **constants: the kernel's compile-time constants.
 
     Returns:
-      The outputs, a list.
+      A list of the outputs.
     """
     tiles = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     arrays = [x for x in operands if isinstance(x, jax.Array)]

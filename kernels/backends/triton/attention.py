@@ -33,9 +33,9 @@ def attend(
       keys, values: [B, K, S, H] and [B, K, S, Hv], both sizes up to 256; N is a multiple of K.
         Products are in the narrower of the dtypes of q and keys.
       where: which keys each query reads.
-      shared: sinks and ALiBi's slopes.
-      options: scale, window, soft cap.
-      on: the architecture to compile for, ten times the compute capability; None: that of
+      shared: the sinks and the slopes of ALiBi.
+      options: scale, window and soft cap.
+      on: the architecture to compile for, ten times the compute capability; if None, that of
         `kernels.tracing.target.architecture`.
 
     Returns:
@@ -44,7 +44,7 @@ def attend(
       values and sinks; the same operands give the same bits every time.
 
     Raises:
-      NotImplementedError: the head size, dtype or architecture is not in the launch table.
+      NotImplementedError: the head size, dtype or architecture is not in the table of launches.
     """
     B, _, N, _ = q.shape
     dtype = q.dtype if q.dtype.itemsize < keys.dtype.itemsize else keys.dtype

@@ -27,25 +27,26 @@ def decode(
 ):
     """Writes one new cell of each sequence into one layer's block in place, then reads.
 
-    Products are in the dtype of the blocks, sums in float32. There is no gradient and no batching
-    rule: sequences are the leading axis of every array.
+    Products are in the dtype of the blocks and sums in float32. There is no gradient and no
+    batching rule: sequences are the leading axis of every array.
 
     Args:
-      blocks: of keys and values, written in place: donate them. A block of `options.window` cells
-        is a ring, where position p lives in cell p % window.
-      i: [B or 1, 1] int32, each token's position; a negative one writes and reads nothing.
+      blocks: the blocks of keys and values, which are written in place and must be donated. A
+        block of `options.window` cells is a ring, in which position p lies in cell p % window.
+      i: [B or 1, 1] int32, the position of each token. A token at a negative position writes
+        nothing and reads nothing.
       cell: (k [B, 1, K, H], v [B, 1, K, Hv]).
       q: [B, 1, N, H].
-      shared: sinks and ALiBi's slopes.
-      options: scale, window, soft cap.
-      on: the architecture to compile for, ten times the compute capability; None: that of
+      shared: the sinks and the slopes of ALiBi.
+      options: scale, window and soft cap.
+      on: the architecture to compile for, ten times the compute capability; if None, that of
         `kernels.tracing.target.architecture`.
 
     Returns:
       (keys, values) with the new cells, and z [B, 1, N, Hv] in q's dtype.
 
     Raises:
-      NotImplementedError: the head size, dtype or architecture is not in the launch table.
+      NotImplementedError: the head size, dtype or architecture is not in the table of launches.
     """
     on = architecture() if on is None else on
     (keys, values), (k, v), layer = blocks.arrays, cell, blocks.layer

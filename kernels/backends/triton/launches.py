@@ -1,6 +1,7 @@
-"""How each kernel is launched: a fixed table per architecture, head size and dtype.
+"""How each kernel is launched: as a fixed table says for an architecture, head size and dtype.
 
-There is no tuning at run time: it would make the numbers of one run differ from those of the next.
+There is no tuning at run time, since it would make the numbers of one run differ from those of the
+next.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ _trial = contextvars.ContextVar("triton_trial", default=(None, None))
 
 
 class Launch(NamedTuple):
-    """Tile of queries, tile of keys, warps, and stages of the software pipeline over tiles."""
+    """The tiles of queries and of keys, the number of warps, and the stages of the pipeline."""
 
     block_m: int
     block_n: int
@@ -29,7 +30,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def trial(kernel: str, launch: Launch):
-    """Launches one kernel in another way than the table says, to see how it does.
+    """Launches one kernel in another way than the table says, in order to try it.
 
     It is read while tracing: a function that `jit` has traced before keeps its launch.
     """
@@ -51,10 +52,10 @@ def width(head_size: int) -> int:
 
 
 def split_size(architecture: int, blocks: int, cells: int) -> int:
-    """Cells that one program of the decode kernel reads, of `blocks` blocks of `cells` cells.
+    """How many cells one program of the decode kernel reads, of `blocks` blocks of `cells` cells.
 
-    Small, so that one sequence fills a GPU, but never so small that there are more programs than
-    keep a GPU busy: each costs a part that the second kernel merges.
+    The number is small, so that one sequence fills a GPU, but never so small that there are more
+    programs than keep a GPU busy: each costs a part that the second kernel must merge.
     """
     size = 128 if architecture == INTERPRETER else 256
     while size < cells and blocks * -(-cells // size) > 2048:
@@ -63,7 +64,7 @@ def split_size(architecture: int, blocks: int, cells: int) -> int:
 
 
 def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
-    """The table's entry for a kernel: "forward", "dq", "dkdv", "decode", "combine".
+    """The entry of the table for one of the kernels forward, dq, dkdv, decode and combine.
 
     Raises:
       NotImplementedError: the table has no entry for the architecture, head size or dtype.

@@ -1,4 +1,7 @@
-"""Every kernel of the launch table, compiled for each architecture on a machine without a GPU."""
+"""Every kernel of the launch table, compiled for each architecture on a machine without a GPU.
+
+These are the tests of table, launches, resources and search.
+"""
 
 import pathlib
 from functools import partial
@@ -103,8 +106,8 @@ def test_latent_attention_fits(architecture, dtype, report):
     report(step, 576, dtype)
     for kernel in (*training, *step):
         assert kernel.shared <= search.SHARED[architecture], kernel.name
-        # As below: a few values wait on the stack where the loops do not touch them.
-        assert kernel.stack <= 32, kernel.name
+        # As below, a few values may wait on the stack; with triton 3.6.0 they take 40 bytes.
+        assert kernel.stack <= 40, kernel.name
 
 
 def test_heads_too_large_for_the_kernels():

@@ -1,4 +1,7 @@
-"""The Triton source of decode, run by the interpreter, against the formula in float64."""
+"""The Triton source of decode, run by the interpreter, against the formula in float64.
+
+These are the tests of decoding and decode_kernels.
+"""
 
 import jax
 import jax.numpy as jnp

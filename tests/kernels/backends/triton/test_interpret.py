@@ -1,4 +1,7 @@
-"""The interpreter itself: what is patched in Triton's own, and that the patches do not stay."""
+"""The interpreter itself: what is patched in Triton's own, and that the patches do not stay.
+
+These are the tests of interpret and adapter.
+"""
 
 import jax
 import jax.numpy as jnp

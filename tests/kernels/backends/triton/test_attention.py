@@ -1,4 +1,7 @@
-"""The Triton backend under JAX's transformations, run by the interpreter."""
+"""The Triton backend under JAX's transformations, run by the interpreter: the tests of attention.
+
+What its kernels compute is tested in tests/kernels/test_attention.py.
+"""
 
 import jax
 import jax.numpy as jnp
