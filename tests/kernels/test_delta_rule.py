@@ -208,7 +208,7 @@ def test_inside_shard_map(rng):
 
 def test_what_does_not_fit_is_named(rng):
     state, i, q, k, v, g, beta = narrow(make(rng, 5, 2, 4, 3), jnp.float32)
-    with pytest.raises(ValueError, match=r"k must be \(5, 2, 4\).* and is \(5, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"k must be \(5, 2, 4\).* but it is \(5, 2, 3\)"):
         chunk(state, i, q, k[..., :3], v, g, beta)
-    with pytest.raises(ValueError, match="float32 or float64, and is bfloat16"):
+    with pytest.raises(ValueError, match="float32 or float64, but it is bfloat16"):
         step(state.astype(jnp.bfloat16), i[0], q[0], k[0], v[0], g[0], beta[0])

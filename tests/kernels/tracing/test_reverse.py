@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels.tracing.reverse import NoSuchDerivative, reverse_only
@@ -78,7 +79,7 @@ def test_other_derivatives_are_refused(operands, derivative, jit):
 def test_inside_shard_map_the_gradient_of_what_devices_share_is_summed_once(operands):
     """Counted in the text of the program, so that four devices need not be there."""
     a, b, fixed = operands
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     total = jax.shard_map(
         lambda a, b: jax.lax.psum(loss(ours)(a, b, fixed), "data"),
         mesh=mesh,
