@@ -4,6 +4,8 @@ from transformer.config import Config
 from transformer.inference.completion import Completion
 from transformer.inference.generate import generate
 from transformer.inference.score import score
+from transformer.insight.intervene import intervene
+from transformer.insight.trace import trace
 from transformer.memory.cache import Cache
 from transformer.memory.cells import Cells, Window
 from transformer.memory.fold import Fold
@@ -34,10 +36,12 @@ __all__ = [
     "generate",
     "init_cache",
     "init_params",
+    "intervene",
     "load",
     "presets",
     "program",
     "run",
     "save",
     "score",
+    "trace",
 ]

@@ -81,7 +81,8 @@ def stream(
     options = Options(**options)
     config, tokenizer = model.config, model.tokenizer
     check_params(config, model.params)
-    f = program(config, numerics=options.numerics, attention=options.attention)
+    own = program(config, numerics=options.numerics, attention=options.attention)
+    f = options.program or own
     if whole_number("every", every, least=1) > MAX_STEPS:
         raise ValueError(f"every={every}; it must be between 1 and {MAX_STEPS}.")
     rows = prompt_tokens(config, tokenizer, prompts, options.max_new_tokens)

@@ -22,6 +22,8 @@ class Options:
       seed: 0 or more.
       stop: texts and token ids that stop a completion where they first appear in it.
       numerics, attention: as in `program`.
+      program: what runs in the place of `program(config, ...)`: one for the same parameters and
+        cache, such as `intervene` makes; None: the model's own.
 
     Raises:
       ValueError: a number is outside of its range.
@@ -37,6 +39,7 @@ class Options:
     stop: str | int | Sequence[str | int] = ()
     numerics: str = "fast"
     attention: str = "auto"
+    program: Callable | None = None
 
     def __post_init__(self):
         read = lambda name, value: object.__setattr__(self, name, value)

@@ -36,12 +36,15 @@ class Cache:
         blocks are not stacked.
       packed: whether positions may begin again at 0 within a chunk, for documents packed in one
         row. `schedule.parallel` sets it.
+      edited_by: the program under edits that filled the cache, so that it can tell that its edits
+        applied to all that is in it; None: another program did, or none.
     """
 
     _blocks: tuple[Any, ...]
     capacity: int = struct.field(pytree_node=False)
     repeats: int | None = struct.field(pytree_node=False, default=None)
     packed: bool = struct.field(pytree_node=False, default=False)
+    edited_by: Callable | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def empty(cls, capacity: int, blocks: Sequence, *, repeats: int | None = None) -> Cache:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from transformer.checks import token_ids, whole_number
+from transformer.config import Config
 from transformer.memory.cache import Cache, check_turn_ended
 from transformer.memory.instruction import POSITIONS
-from transformer.program.program import Program
 
 
 def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = None):
@@ -38,7 +38,7 @@ def run(f: Callable, params, cache: Cache, tokens, start=0, chunk: int | None = 
       TypeError: tokens, start or chunk are not integers.
       ProgramError: f breaks the rule of the cache.
     """
-    tokens = _checked(f, cache, tokens, start)
+    cache, tokens = checked(f, cache, tokens, start)
     length = len(tokens)
     chunk = length if chunk is None else min(whole_number("chunk", chunk, least=1), length)
     positions = start + jnp.arange(length, dtype=jnp.int32)
@@ -98,7 +98,7 @@ def recompute(f: Callable, params, cache: Cache, tokens):
 
     Args and returns as in `run`, for an empty cache; the cache comes back as it was.
     """
-    tokens = _checked(f, cache, tokens, 0)
+    cache, tokens = checked(f, cache, tokens, 0)
     length = len(tokens)
     positions = jnp.arange(length, dtype=jnp.int32)
 
@@ -109,9 +109,15 @@ def recompute(f: Callable, params, cache: Cache, tokens):
     return cache, jax.lax.map(last_logits, positions)
 
 
-def _checked(f, cache, tokens, start):
-    """The tokens as an array of JAX, which is narrower than what was given may be."""
-    config = f.config if isinstance(f, Program) else None
+def checked(f: Callable, cache: Cache, tokens, start):
+    """What `run` is given, checked: -> (cache, tokens).
+
+    A program may refuse to go on from a cache, as one under edits does where they come too late:
+    where it has `admit`, the cache is what `f.admit(cache, start)` returns. The tokens come back as
+    an array of JAX, which is narrower than what was given may be.
+    """
+    config = getattr(f, "config", None)
+    config = config if isinstance(config, Config) else None
     tokens = token_ids(tokens, config and config.vocab_size)
     if not isinstance(start, jax.core.Tracer):
         stop = whole_number("start", start) + len(tokens)
@@ -125,4 +131,5 @@ def _checked(f, cache, tokens, start):
                 f"{len(tokens)} tokens from position {start} need {stop} learned positions, and "
                 f"the model has max_length={config.max_length}."
             )
-    return jnp.asarray(tokens)
+    admit = getattr(f, "admit", lambda cache, _: cache.replace(edited_by=None))
+    return admit(cache, start), jnp.asarray(tokens)

@@ -1,0 +1,278 @@
+"""Programs under edits: exact, the same in every mode, and never stale."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from transformer.data.batches import Batch
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.inference.generate import generate
+from transformer.insight import add, cut, edit, intervene, patch, replace, scale, trace
+from transformer.memory.cache import Cache
+from transformer.memory.cells import Cells, Window
+from transformer.memory.fold import Fold
+from transformer.memory.softmax import Softmax
+from transformer.modes.contract import check_contract
+from transformer.modes.schedule import parallel, run
+from transformer.training.step import TrainState, make_train_step
+
+KINDS = ["attention", "scanned", "window", "latent", "hybrid", "shared", "gpt2"]
+
+
+def some_edits(kind):
+    """Edits of every sort, in the last block that every kind has as attention."""
+    last = {"hybrid": 2}.get(kind, 1)
+    edits = [
+        cut(last, [4, 7], [1, 2], heads=[0, 2]),
+        cut(last, None, 3),
+        scale(last, [5], 0.5),
+        add(0, 2, 0.1, of="read"),
+        edit(last, [6, 8], lambda x: jax.tree.map(jnp.tanh, x), of="query"),
+    ]
+    return [*edits, cut(1, None, [2])] if kind == "hybrid" else edits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_hold_in_every_mode(kind, model):
+    f, params, cache, tokens = model(kind)
+    g = intervene(f, some_edits(kind))
+    one = jax.jit(lambda: run(g, params, cache, tokens)[1])()
+    assert np.abs(one - run(f, params, cache, tokens)[1]).max(1)[4:].mean() > 1e-3
+    for chunk in (1, 4):
+        # float32: the same sums in another order, through two layers of numbers of a few units.
+        other = jax.jit(lambda chunk=chunk: run(g, params, cache, tokens, chunk=chunk)[1])()
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    batch = jax.vmap(lambda tokens: run(g, params, cache, tokens)[1])(jnp.stack([tokens, tokens]))
+    np.testing.assert_allclose(batch[1], one, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "scanned", "hybrid"])
+def test_a_program_under_edits_is_lawful(kind, model):
+    f, params, cache, _ = model(kind)
+    report = check_contract(intervene(f, some_edits(kind)), params, cache, vocab_size=31)
+    assert report.lawful, report
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_that_changes_nothing_changes_no_bit(kind, model):
+    f, params, cache, tokens = model(kind)
+    seen = trace(f, params, cache, tokens)
+    at = np.array([2, 5])
+    own = jax.tree.map(lambda x: x[at], seen.cells[1])
+    edits = [
+        patch(1, at, own),
+        scale(1, None, 1.0, of="read"),
+        edit(0, None, lambda x: x, of="query"),
+        *([] if kind == "hybrid" else [cut(1, 3, 8), cut(0, [], [0]), cut(0, 1, 0, heads=[])]),
+    ]
+    expected = run(f, params, cache, tokens)
+    after, logits = run(intervene(f, edits), params, cache, tokens)
+    assert np.array_equal(logits, expected[1])
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(expected[0]), strict=True):
+        assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 1])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cut_is_a_mask(window, chunk, rng):
+    """Against attention written out with an explicit mask, in float64."""
+    with jax.enable_x64(True):
+        T, N, K, H = 9, 4, 2, 3
+        q, k, v = (jnp.asarray(rng.standard_normal((T, n, H))) for n in (N, K, K))
+        sinks = jnp.asarray(rng.standard_normal(N))
+        memory = Softmax(window=window)
+
+        def f(params, cache, token, i):
+            q, k, v = (x[token] for x in params)
+            turn, z = cache.begin(i).write_read(memory, (k, v), q, sinks)
+            return turn.end(), z.reshape(-1)
+
+        edits = [cut(0, [5, 8], [4, 5], heads=[1, 2]), cut(0, 6, None), cut(0, None, 2)]
+        cell = jax.ShapeDtypeStruct((K, H), jnp.float64)
+        cache = Cache.empty(T, [(memory, (cell, cell))])
+        z = run(intervene(f, edits), (q, k, v), cache, np.arange(T), chunk=chunk)[1]
+
+        t, s, n = np.ogrid[:T, :T, :N]
+        mask = (s <= t) & (t - s < (window or T)) & (n >= 0)
+        mask &= ~(np.isin(t, [5, 8]) & np.isin(s, [4, 5]) & np.isin(n, [1, 2]))
+        mask &= (t != 6) & (s != 2)
+        scores = np.einsum("tnh,snh->tsn", q, k.repeat(2, 1)) / H**0.5
+        weights = np.where(mask, np.exp(scores), 0)
+        weights = weights / (weights.sum(1, keepdims=True) + np.exp(sinks))
+        expected = np.einsum("tsn,snh->tnh", weights, v.repeat(2, 1)).reshape(T, -1)
+        np.testing.assert_allclose(z, expected, atol=1e-12)  # float64, sums of nine terms
+
+
+def mean(query, cells, visible, shared):
+    return jnp.where(visible[:, None], cells, 0).sum(0) / visible.sum()
+
+
+def total(query, state, shared):
+    return state
+
+
+@pytest.mark.parametrize("chunk", [None, 4, 1])
+@pytest.mark.parametrize(
+    ("memory", "queries"),
+    [(Cells(mean), [4, 6]), (Window(3, mean), [4, 6]), (Fold(jnp.add, total), None)],
+    ids=["Cells", "Window", "Fold"],
+)
+def test_a_cut_of_other_memories(memory, queries, chunk, rng):
+    x = np.float32(rng.standard_normal((8, 5)))
+
+    def f(params, cache, token, i):
+        turn, z = cache.begin(i).write_read(memory, params[token], None)
+        return turn.end(), z
+
+    cache = Cache.empty(8, [(memory, (5,))])
+    z = run(intervene(f, [cut(0, queries, [3, 4])]), x, cache, np.arange(8), chunk=chunk)[1]
+    t, s = np.ogrid[:8, :8]
+    mask = (s <= t) & (t - s < getattr(memory, "size", 8))
+    mask &= ~(np.isin(t, queries or np.arange(8)) & np.isin(s, [3, 4]))
+    expected = mask @ x / (1 if queries is None else mask.sum(1, keepdims=True))
+    np.testing.assert_allclose(z, expected, atol=1e-5)  # float32 sums of eight terms
+
+
+def test_a_query_that_sees_nothing_reads_zeros(model):
+    f, params, cache, tokens = model("attention")
+    g = intervene(f, [cut(1, 4, None)])
+    assert not np.asarray(trace(g, params, cache, tokens).reads[1][4]).any()
+    loss = lambda params: run(g, params, cache, tokens)[1].sum()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+def test_edits_of_documents_are_about_their_own_positions(model):
+    """Packed documents: each is what it is alone."""
+    f, params, cache, tokens = model("attention")
+    g = intervene(f, [cut(1, 3, 1), scale(0, 2, 0.0)])
+    positions = jnp.asarray([0, 1, 2, 3, 4, 5, 0, 1, 2, 3], jnp.int32)
+    packed = parallel(g, params, cache, jnp.asarray(tokens), positions, packed=True)[1]
+    alone = [run(g, params, cache, x)[1] for x in (tokens[:6], tokens[6:])]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=2e-4)  # float32, as above
+
+
+def test_values_of_edits_are_differentiated(model):
+    """The derivative by what is added to a cell is that of the cell."""
+    f, params, cache, tokens = model("attention")
+
+    def logit(more):
+        return run(intervene(f, [add(1, 3, more)]), params, cache, tokens)[1][-1, 0]
+
+    [k, v] = jax.tree.map(lambda x: jnp.zeros_like(x[0]), trace(f, params, cache, tokens).cells[1])
+    slope = jax.grad(lambda v: logit((k, v)))(v)
+    step = jnp.zeros_like(v).at[1, 2].set(1e-2)
+    difference = (logit((k, v + step)) - logit((k, v - step))) / 2e-2
+    # Central differences of float32 logits of a few units, with steps of 1e-2.
+    np.testing.assert_allclose(slope[1, 2], difference, atol=2e-3)
+    assert jax.vmap(lambda x: logit((k, v + x)))(jnp.arange(3.0)).shape == (3,)
+
+
+def test_a_cache_that_was_filled_before_an_edit_is_refused(model):
+    f, params, cache, tokens = model("attention")
+    filled, _ = run(f, params, cache, tokens[:6])
+    early, late = intervene(f, [scale(0, 3, 2.0)]), intervene(f, [scale(0, 7, 2.0)])
+    with pytest.raises(ValueError, match="position 3, and the cache was filled up to 5 without"):
+        run(early, params, filled, tokens[6:], start=6)
+    with pytest.raises(ValueError, match="without it"):
+        early(params, filled, tokens[6], 6)
+    # Right: an edit of what comes, and the cache of the same program.
+    for g in (early, late):
+        whole = run(g, params, cache, tokens)[1]
+        begun = filled if g is late else run(g, params, cache, tokens[:6])[0]
+        rest = run(g, params, begun, tokens[6:], start=6)[1]
+        np.testing.assert_allclose(rest, whole[6:], atol=2e-4)  # float32, as above
+    # Another program went on with it, without the edit.
+    begun, _ = run(early, params, cache, tokens[:2])
+    begun, _ = run(f, params, begun, tokens[2:6], start=2)
+    with pytest.raises(ValueError, match="without it"):
+        run(early, params, begun, tokens[6:], start=6)
+
+
+def test_edits_of_edits_and_attributes_of_the_program(model):
+    f, params, cache, tokens = model("attention")
+    first, second = scale(0, 1, 2.0), add(0, 1, 0.5)
+    both = intervene(intervene(f, [first]), [second])
+    assert both.edits == (first, second) and both.config is f.config
+    expected = run(intervene(f, [first, second]), params, cache, tokens)[1]
+    assert np.array_equal(run(both, params, cache, tokens)[1], expected)
+
+
+def test_programs_of_ones_own(rng):
+    """Instructions inside of jax.jit and jax.checkpoint, and a block read again."""
+    memory = Cells(mean)
+
+    @jax.checkpoint
+    def second(turn, x):
+        return turn.write_read(memory, x, None)
+
+    def f(params, cache, token, i):
+        turn, z = jax.jit(lambda turn, x: turn.write_read(memory, x, None))(
+            cache.begin(i), params[token]
+        )
+        turn, y = second(turn, z)
+        return turn.end(), z + y + turn.read(1, memory, None)
+
+    x = np.float32(rng.standard_normal((8, 5)))
+    cache = Cache.empty(8, [(memory, (5,))] * 2)
+    seen = trace(intervene(f, [scale(1, 2, 0.0)]), x, cache, np.arange(8))
+    assert [(x.block, x.again) for x in seen.instructions] == [(0, False), (1, False), (1, True)]
+    assert not np.asarray(seen.cells[1][2]).any()
+    np.testing.assert_allclose(seen.reads[1], seen.instructions[2].z, atol=1e-6)  # the same means
+
+
+def test_an_instruction_that_cannot_be_seen_is_refused():
+    memory = Cells(mean)
+
+    def f(params, cache, token, i):
+        write = lambda x: cache.begin(i).write_read(memory, x, None)
+        turn, z = jax.lax.cond(token > 3, write, write, params[token])
+        return turn.end(), z
+
+    cache = Cache.empty(8, [(memory, (5,))])
+    with pytest.raises(NotImplementedError, match="inside of cond, into which"):
+        trace(f, np.ones((8, 5), np.float32), cache, np.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        (lambda: [cut(5, 0, 0)], ValueError, "block 5; the cache has the blocks 0 to 2"),
+        (lambda: [cut(2, 0, 0, heads=[9])], ValueError, "query heads 0 to 3"),
+        (lambda: [cut(1, [3], 0)], ValueError, "no cells that some queries could see"),
+        (lambda: [replace(2, 0, np.zeros(3))], ValueError, "must stay as they are"),
+        (lambda: [patch(2, [1, 2], np.zeros((3, 4)))], ValueError, "leading axis of 2"),
+        (lambda: [scale(2, 0, 1.0, of="weights")], ValueError, "one of cell, query, read"),
+        (lambda: [scale(2, -1, 1.0)], ValueError, "count from 0"),
+        (lambda: [scale(2, 0.5, 1.0)], TypeError, "whole numbers"),
+        (lambda: ["cut"], TypeError, "made by a function of transformer.insight"),
+    ],
+)
+def test_what_is_refused(edits, error, message, model):
+    f, params, cache, tokens = model("hybrid")
+    with pytest.raises(error, match=message):
+        run(intervene(f, edits()), params, cache, tokens)
+
+
+def test_generate_and_training_take_it(model, rng):
+    """Every step is under the edits: without reads no token can tell another anything."""
+    f, params, _, _ = model("attention", vocab_size=257)
+    alone = intervene(f, [replace(block, None, 0.0, of="read") for block in range(2)])
+    judge = SimpleNamespace(config=f.config, params=params, tokenizer=byte_tokenizer())
+    options = {"max_new_tokens": 4, "temperature": 0, "program": alone}
+    texts = generate(judge, [[1, 2, 65], [3, 65]], **options)
+    assert texts[0].tokens == texts[1].tokens
+    texts = generate(judge, [[1, 2, 65], [3, 65]], **options | {"program": None})
+    assert texts[0].tokens != texts[1].tokens
+
+    tokens = rng.integers(0, 257, (2, 6), dtype=np.int32)
+    batch = Batch(tokens, tokens, positions=None, weights=np.ones((2, 6), np.float32))
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    step = make_train_step(f.config, optimizer, f=alone)
+    after, _ = step(jax.tree.map(jnp.copy, state), batch)
+    same = jax.tree.map(np.array_equal, after.params.layers[0], params.layers[0])
+    assert same.mixer.key.weight and not same.feed_forward.up.weight

@@ -1,0 +1,178 @@
+"""What can be changed in a program: a cell, a query, what was read, and which cells a query sees.
+
+Every edit names a block by its number, from 0 (where layers are scanned, as if they were not), and
+the positions of the tokens that it is about: one, several, or None for all. Positions are those
+within a document where documents are packed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.checks import whole_number
+from transformer.insight.positions import among, first, positions
+from transformer.memory.memory import where
+
+OF = ("cell", "query", "read")
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """An edit of what tokens write, ask or read.
+
+    Attributes:
+      block: the number of the block.
+      of: "cell", "query" or "read".
+      at: [M] int32, the positions of the tokens; None: all.
+      function: function(x, i) -> x, for the token at position i.
+    """
+
+    block: int
+    of: str
+    at: np.ndarray | jax.Array | None
+    function: Callable
+
+    def __post_init__(self):
+        whole_number("block", self.block)
+        if self.of not in OF:
+            raise ValueError(f"of={self.of!r}; an edit is of one of {', '.join(OF)}.")
+
+    @property
+    def begins(self) -> int:
+        """The first position at which the edit does anything."""
+        return first(self.at)
+
+    def __call__(self, x, i, here):
+        """x of the token at position i, changed where `here` and where the edit is about it."""
+        new = self.function(x, i)
+        _require_alike(self, new, x)
+        new = jax.tree.map(lambda new, x: jnp.asarray(new).astype(x.dtype), new, x)
+        return where(here & among(i, self.at), new, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """An edit of which cells a query sees.
+
+    Attributes:
+      block: the number of the block.
+      queries: [M] int32, the positions of the tokens that ask; None: all.
+      cells: [M] int32, the positions of the cells that they do not see; None: all.
+      heads: the query heads that do not see them; None: all.
+    """
+
+    block: int
+    queries: np.ndarray | jax.Array | None
+    cells: np.ndarray | jax.Array | None
+    heads: tuple[int, ...] | None = None
+
+    @property
+    def begins(self) -> int:
+        """The first position at which the edit does anything."""
+        return max(first(self.queries), first(self.cells))
+
+
+def cut(
+    block: int,
+    queries: int | Sequence[int] | None,
+    cells: int | Sequence[int] | None,
+    heads: int | Sequence[int] | None = None,
+) -> Cut:
+    """Makes cells invisible to queries: attention knockout.
+
+    The weights of the cells that are left are those of a softmax over them alone. A query that
+    sees no cell reads zeros. A state (`Fold`, `DeltaRule`) keeps no cells apart, so that there only
+    all queries (None) can be cut off from a cell: it is then not written.
+
+    Args:
+      block: the number of the block.
+      queries: positions of the tokens that ask; None: all.
+      cells: positions of the cells that they do not see; None: all.
+      heads: query heads of attention that do not see them; None: all.
+    """
+    block = whole_number("block", block)
+    if heads is not None:
+        heads = [heads] if np.ndim(heads) == 0 else heads
+        heads = tuple(whole_number("heads", head) for head in heads)
+    return Cut(block, positions("queries", queries), positions("cells", cells), heads)
+
+
+def patch(block: int, cells: int | Sequence[int], values: Any) -> Change:
+    """Writes other cells in the place of a token's own: activation patching.
+
+    Args:
+      block: the number of the block.
+      cells: positions of the cells, M of them.
+      values: what is written, the block's cells with a leading axis M, such as
+        `jax.tree.map(lambda x: x[cells], trace.cells[block])` of another prompt.
+    """
+    at = positions("cells", cells)
+    if at is None:
+        raise TypeError("cells=None; a patch names the positions of its cells.")
+    for x in jax.tree.leaves(values):
+        if jnp.shape(x)[:1] != at.shape:
+            raise ValueError(
+                f"a patch of {len(at)} cells takes values with a leading axis of {len(at)}, and "
+                f"one of them has the shape {list(jnp.shape(x))}."
+            )
+    one = lambda i: jnp.argmax(at == i)
+    return Change(
+        block, "cell", at, lambda _, i: jax.tree.map(lambda x: jnp.asarray(x)[one(i)], values)
+    )
+
+
+def replace(block: int, at, value, *, of: str = "cell") -> Change:
+    """Puts a value in the place of a cell, a query or a read.
+
+    Args:
+      block: the number of the block.
+      at: positions of the tokens; None: all.
+      value: a pytree like one cell (or query, or read) of the block; a single number stands for
+        all of its numbers, so that 0 erases.
+      of: "cell", "query" or "read".
+    """
+    return edit(block, at, lambda x: _spread(value, x), of=of)
+
+
+def scale(block: int, at, factor, *, of: str = "cell") -> Change:
+    """Multiplies a cell, a query or a read by a number, or by a pytree like it; see `replace`."""
+    times = lambda x: jax.tree.map(jnp.multiply, x, _spread(factor, x))
+    return edit(block, at, times, of=of)
+
+
+def add(block: int, at, value, *, of: str = "cell") -> Change:
+    """Adds a number, or a pytree like it, to a cell, a query or a read: steering; see `replace`."""
+    plus = lambda x: jax.tree.map(jnp.add, x, _spread(value, x))
+    return edit(block, at, plus, of=of)
+
+
+def edit(block: int, at, function: Callable, *, of: str = "cell") -> Change:
+    """Changes a cell, a query or a read by a function of one's own.
+
+    Args:
+      block: the number of the block.
+      at: positions of the tokens; None: all.
+      function: function(x) -> x, of one token: a pytree in, the same structure and shapes out.
+      of: "cell", "query" or "read".
+    """
+    return Change(block, of, positions("at", at), lambda x, i: function(x))
+
+
+def _spread(value, x):
+    """A value like x; one number stands for all numbers of x."""
+    if jax.tree.structure(value) == jax.tree.structure(0) and jnp.ndim(value) == 0:
+        return jax.tree.map(lambda x: jnp.full_like(x, value), x)
+    return value
+
+
+def _require_alike(change, new, x):
+    shapes = lambda tree: jax.tree.map(lambda x: list(jnp.shape(x)), tree)
+    if jax.tree.structure(new) != jax.tree.structure(x) or shapes(new) != shapes(x):
+        raise ValueError(
+            f"an edit of a {change.of} of block {change.block} made {shapes(new)} of one of shapes "
+            f"{shapes(x)}; the structure and the shapes must stay as they are."
+        )
