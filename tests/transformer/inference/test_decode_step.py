@@ -73,7 +73,7 @@ def test_no_scatter_and_no_copy_of_a_block(batch, capacity, window, scanned):
     opcodes = {opcode for opcode, _ in operations(text, 1)}
     assert {"while", "dynamic-update-slice"} <= opcodes | set(re.findall(r"\) (while)\(", text))
     assert not {opcode for opcode in opcodes if "scatter" in opcode}
-    block = CONFIG.num_kv_heads * (window or capacity) * CONFIG.head_size
+    block = CONFIG.shape.K * (window or capacity) * CONFIG.shape.H
     moved = [
         (opcode, name)
         for opcode, name in operations(text, block)

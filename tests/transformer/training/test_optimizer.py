@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer.config import Config
-from transformer.program.program import init_params
+from transformer.program.init import init_params
 from transformer.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 SMALL = Config(vocab_size=11, max_length=8, num_layers=2, width=8, num_heads=2)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.program.program import init_cache, init_params, program
+from transformer.program.init import init_cache, init_params
+from transformer.program.program import program
 from transformer.training import evaluation
 from transformer.training.loss import compute_logits, cross_entropy, loss
 from transformer.training.optimizer import OptimizerConfig, make_optimizer

@@ -1,0 +1,126 @@
+"""The ways to run the same tokens agree, for every kind of transformer; and what tells if not."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from transformer.config import CHOICES, Config, Delta, Latent, RotaryScaling
+from transformer.modes import compare as module
+from transformer.modes.compare import compare, ways
+
+# Both modes multiply the same float32 numbers in another order; rounding errors of a few layers
+# stay well below this share of the largest logit.
+TOLERANCE = 2e-5
+
+SIZES = {"vocab_size": 61, "max_length": 64, "num_layers": 2, "width": 32, "num_heads": 4}
+SCALINGS = [None, *(RotaryScaling(kind, 4.0, 16) for kind in RotaryScaling.KINDS)]
+KINDS = ["attention"] * 3 + ["latent", "delta", ("delta", "attention"), ("attention", "latent")]
+DELTA = Delta(num_key_heads=2, num_value_heads=4, key_size=6, value_size=5)
+
+
+@st.composite
+def configs(draw):
+    pick = lambda *values: draw(st.sampled_from(values))
+    placement, kinds, scan_layers = pick(*CHOICES["norm_placement"]), pick(*KINDS), draw(st.booleans())
+    options = {
+        "positions": pick("rotary", "none"),
+        "latent": Latent(rank=12, query_rank=pick(None, 10), rotary_size=4, value_size=6),
+    }
+    if "latent" not in kinds:
+        options = {
+            "positions": pick("rotary", "rotary", "learned", "alibi", "none"),
+            "window": pick(None, 3, 8, (8, None), (4, 8)),
+            "qk_norm": draw(st.booleans()),
+            "qk_norm_over": pick("head", "all"),
+            "attention_sinks": draw(st.booleans()),
+        }
+    one_memory = not isinstance(options.get("window"), tuple)
+    if kinds == "attention" and one_memory and not scan_layers:
+        options["num_shared_kv_layers"] = pick(0, 0, 1)
+    return Config(
+        **(SIZES | {"num_heads": pick(2, 4)}),
+        **options,
+        num_kv_heads=pick(1, 2),
+        head_size=pick(8, 12),
+        feed_forward_width=48,
+        layer_kinds=kinds,
+        delta=DELTA,
+        rotary_fraction=pick(1.0, 0.5),
+        rotary_scaling=pick(*SCALINGS),
+        rotary_window_base=pick(None, 100.0),
+        norm=pick("rms", "layer"),
+        norm_placement=placement,
+        feed_forward=pick(*CHOICES["feed_forward"]),
+        biases=pick(*CHOICES["biases"]),
+        attention_scale=pick(None, 0.2),
+        attention_soft_cap=pick(None, 5.0),
+        logit_soft_cap=pick(None, 10.0),
+        parallel_residual=placement == "pre" and draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        embedding_scale=pick(1.0, 5.0),
+        num_experts=pick(0, 0, 4),
+        expert_gates=pick(*CHOICES["expert_gates"]),
+        scan_layers=scan_layers,
+        remat=pick("none", "segments", "dots"),
+    )
+
+
+LATENT = Config(**SIZES, layer_kinds="latent", latent=Latent(rank=12, rotary_size=4))
+HYBRID = Config(**SIZES, layer_kinds=("delta", "attention"), delta=DELTA, scan_layers=True)
+SHARED = Config(**(SIZES | {"num_layers": 3}), window=(8, None, 8), num_shared_kv_layers=1)
+
+
+@settings(max_examples=6)
+@given(
+    config=configs(),
+    way=st.sampled_from(
+        ["chunks of 16", "chunks of 64", "batched", "larger capacity", "recompute"]
+    ),
+    length=st.sampled_from([2, 17, 40, 64]),
+    seed=st.integers(0, 2**31 - 2),
+)
+@example(config=LATENT, way="chunks of 16", length=40, seed=0)
+@example(config=HYBRID, way="chunks of 16", length=40, seed=0)
+@example(config=SHARED, way="chunks of 16", length=40, seed=0)
+def test_every_way_to_run_agrees(random_params, config, way, length, seed):
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length, dtype=np.int32)
+    params, names = random_params(config, seed), ("parallel", "sequential", way)
+    for row in compare(config, params, tokens, names=names):
+        assert row.logit_difference <= TOLERANCE, row
+        assert (row.gradient_difference or 0) <= TOLERANCE, row
+
+
+@pytest.fixture
+def small(random_params, rng):
+    config = Config(**SIZES)
+    return config, random_params(config), rng.integers(0, 61, 20, dtype=np.int32)
+
+
+def test_the_parallel_mode_is_what_others_are_compared_with(small):
+    [first, second] = compare(*small, names=["parallel", "chunks of 64"])
+    assert (first.way, first.logit_difference, first.equal_bits) == ("parallel", 0, 1)
+    assert first.gradient_difference == 0
+    # 20 tokens in chunks of 64 are one chunk: the same program, the same bits.
+    assert (second.logit_difference, second.equal_bits, second.gradient_difference) == (0, 1, 0)
+
+
+def test_a_way_that_differs_is_seen(small, monkeypatch):
+    """One logit of one token, by a thousandth of the largest; and its gradient."""
+    config, params, tokens = small
+    right = ways(config)
+
+    def wrong(params, tokens):
+        logits = right["parallel"](params, tokens)
+        return logits.at[7, 3].add(1e-3 * jax.lax.stop_gradient(abs(logits).max()))
+
+    monkeypatch.setattr(module, "ways", lambda *_: {"parallel": right["parallel"], "wrong": wrong})
+    row = compare(config, params, tokens)[1]
+    assert row.way == "wrong"
+    assert row.logit_difference == pytest.approx(1e-3, rel=1e-2)  # of float32, beside others
+    assert 0.9 < row.equal_bits < 1 and row.gradient_difference > 0
+
+
+def test_recomputing_is_not_differentiated(small):
+    assert compare(*small, names=["parallel", "recompute"])[1].gradient_difference is None
