@@ -16,9 +16,14 @@ import numpy as np
 CHOICES = {
     "positions": ("rotary", "learned", "alibi", "none"),
     "norm": ("rms", "layer"),
-    "norm_placement": ("pre", "post", "both"),
-    "feed_forward": ("gelu", "swiglu", "geglu"),
-    "biases": ("none", "qkv", "all"),
+    "norm_placement": ("pre", "post", "both", "output"),
+    "qk_norm_over": ("head", "all"),
+    "feed_forward": (
+        *("gelu", "gelu_exact", "relu", "silu"),
+        *("swiglu", "geglu", "geglu_exact", "reglu", "swiglu_clipped"),
+    ),
+    "expert_gates": ("chosen", "all"),
+    "biases": ("none", "qkv", "attention", "all"),
     "remat": ("none", "segments", "dots"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
@@ -115,6 +120,7 @@ class RotaryScaling:
       beta_fast, beta_slow: yarn: rotations over the original context, above and below which a
         frequency is kept and divided.
       attention_factor: yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1.
+      truncate: yarn: whether the pairs between which frequencies change are rounded to whole ones.
     """
 
     kind: str
@@ -125,6 +131,7 @@ class RotaryScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     KINDS = ("linear", "ntk", "llama3", "yarn")
 
@@ -175,10 +182,15 @@ class Config:
       rotary_window_base: the base for layers with a window (Gemma 3), whose frequencies are then
         not stretched; None: as in the other layers.
       norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer (pre), after its
-        residual sum (post), or before it and on its output (both, as in Gemma 2).
-      feed_forward: "gelu" (in its tanh form), "swiglu" or "geglu" (arXiv:2002.05202).
-      biases: on no projection, on q/k/v only (Qwen 2), or on all but those of experts.
-      qk_norm: whether `norm` acts on each head of q and k.
+        residual sum (post), on its output alone (output, as in OLMo 2), or before it and on its
+        output (both, as in Gemma 2).
+      feed_forward: the nonlinearity. "gelu" in its tanh form, "gelu_exact", "relu" or "silu"; or,
+        times a gate (arXiv:2002.05202), "swiglu", "geglu" in its tanh form, "geglu_exact", "reglu",
+        or "swiglu_clipped" (gpt-oss).
+      biases: on no projection, on q/k/v only (Qwen 2), on all of attention, or on all of the layer,
+        its norms, experts and router included.
+      qk_norm: whether `norm` acts on q and k.
+      qk_norm_over: it acts on each "head", or on "all" heads of a token at once (OLMo 2).
       window: how many positions a layer sees: None (all), a number, or a pattern of both that
         repeats over the layers, as (512, 512, None).
       attention_scale: the factor on q.k; None: 1 / sqrt(H).
@@ -187,8 +199,9 @@ class Config:
       parallel_residual: whether attention and feed-forward read the same input (GPT-J).
       tie_embeddings: whether the output matrix is the embedding.
       embedding_scale: the factor on token embeddings (Gemma: sqrt(E)).
-      num_experts, experts_per_token: a mixture of experts where num_experts > 0; the gates of the
-        chosen experts are renormalised by a softmax over them (Mixtral).
+      num_experts, experts_per_token: a mixture of experts where num_experts > 0.
+      expert_gates: the gates of the chosen experts are a softmax over them (chosen, as in Mixtral),
+        or what a softmax over all experts gives them (all, as in OLMoE).
       scan_layers: whether the layers run as one compiled loop; compile time is then flat in
         num_layers.
       remat: "none"; "segments" saves what the instructions take and give, and computes the rest
@@ -223,6 +236,7 @@ class Config:
     feed_forward: str = "swiglu"
     biases: str = "none"
     qk_norm: bool = False
+    qk_norm_over: str = "head"
     window: int | None | tuple[int | None, ...] = None
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
@@ -233,6 +247,7 @@ class Config:
     embedding_scale: float = 1.0
     num_experts: int = 0
     experts_per_token: int = 2
+    expert_gates: str = "chosen"
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
@@ -429,6 +444,11 @@ class Config:
     def rotary_size(self) -> int:
         """How many numbers of each head turn."""
         return int(self.shape.H * self.rotary_fraction)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a gate."""
+        return "glu" in self.feed_forward
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -13,7 +13,9 @@ from transformer.program.spec import LayerSpec
 
 @struct.dataclass
 class Attention:
-    """query [E, N*H]; key, value [E, K*H]; output [N*H, E]; q_norm, k_norm [H]; sinks [N].
+    """query [E, N*H]; key, value [E, K*H]; output [N*H, E]; sinks [N].
+
+    q_norm and k_norm are [H], or, where they act on all heads at once, [N*H] and [K*H].
 
     A layer that reads another one's block has no key and value of its own: they are None, as is
     k_norm.
@@ -42,8 +44,9 @@ def project(spec, params, x, i):
     """What the token asks and writes: x [E] -> q [N, H], k [K, H], v [K, H]."""
     config, mixer = spec.config, params.mixer
     x = norm(config, params.mixer_norm, x)
-    q, k, v = (_heads(config, p, x) for p in (mixer.query, mixer.key, mixer.value))
-    q, k = norm(config, mixer.q_norm, q), norm(config, mixer.k_norm, k)
+    q = _heads(config, linear(mixer.query, x), mixer.q_norm)
+    k = _heads(config, linear(mixer.key, x), mixer.k_norm)
+    v = _heads(config, linear(mixer.value, x))
     if config.positions == "rotary":
         q, k = rotate(config, q, i), rotate(config, k, i)
     return q, k, v
@@ -53,8 +56,8 @@ def project(spec, params, x, i):
 def query(spec, params, x, i):
     """What a token asks that writes nothing: x [E] -> q [N, H]."""
     config, mixer = spec.config, params.mixer
-    q = _heads(config, mixer.query, norm(config, params.mixer_norm, x))
-    q = norm(config, mixer.q_norm, q)
+    x = norm(config, params.mixer_norm, x)
+    q = _heads(config, linear(mixer.query, x), mixer.q_norm)
     return rotate(config, q, i) if config.positions == "rotary" else q
 
 
@@ -84,16 +87,21 @@ def init(spec, make, key):
     config, (_, _, E, _, N, K, H, _) = spec.config, spec.config.shape
     query, key_, value, output = jax.random.split(key, 4)
     biased, own = config.biases != "none", spec.reads is None
+    output_biased = config.biases in ("attention", "all")
+    size = (lambda heads: heads * H) if config.qk_norm_over == "all" else (lambda heads: H)
     return Attention(
         query=make.linear(query, E, N * H, biased=biased),
-        output=make.linear(output, N * H, E, last=True),
+        output=make.linear(output, N * H, E, biased=output_biased, last=True),
         key=make.linear(key_, E, K * H, biased=biased) if own else None,
         value=make.linear(value, E, K * H, biased=biased) if own else None,
-        q_norm=make.norm(H) if config.qk_norm else None,
-        k_norm=make.norm(H) if config.qk_norm and own else None,
+        q_norm=make.norm(size(N)) if config.qk_norm else None,
+        k_norm=make.norm(size(K)) if config.qk_norm and own else None,
         sinks=make.zeros(N) if config.attention_sinks else None,
     )
 
 
-def _heads(config, params, x):
-    return linear(params, x).reshape(-1, config.shape.H)
+def _heads(config, x, params=None):
+    """All heads in a row [heads * H] -> [heads, H], normalised before or after they are parted."""
+    if config.qk_norm_over == "all":
+        return norm(config, params, x).reshape(-1, config.shape.H)
+    return norm(config, params, x.reshape(-1, config.shape.H))

@@ -10,54 +10,64 @@ from flax import struct
 
 from kernels.tracing import primitive
 from transformer.program.activation import activate
+from transformer.program.linear import Linear, linear
 
 
 @struct.dataclass
 class Experts:
     """router [E, X]; up, gate [X, E, F]; down [X, F, E]. gate is None in the ungated form."""
 
-    router: jax.Array
-    up: jax.Array
-    down: jax.Array
-    gate: jax.Array | None = None
+    router: Linear
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
 
 
 def mix_experts(config, params: Experts, x):
-    """Top-k routing (arXiv:2401.04088): x [E] -> [E], a mean of k experts weighted by their gates.
+    """Top-k routing (arXiv:2401.04088): x [E] -> [E], a sum of k experts weighted by their gates.
 
-    The gates are the softmax over the logits of the chosen experts.
+    The gates are a softmax over the logits of the chosen experts, or over those of all.
     """
-    logits = (x @ params.router.astype(x.dtype)).astype(jnp.float32)
-    logits, chosen = jax.lax.top_k(logits, config.experts_per_token)
-    gates = jax.nn.softmax(logits).astype(x.dtype)
-    weights = [w for w in (params.up, params.down, params.gate) if w is not None]
+    logits = linear(params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    if config.expert_gates == "all":
+        gates, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.experts_per_token)
+    else:
+        logits, chosen = jax.lax.top_k(logits, config.experts_per_token)
+        gates = jax.nn.softmax(logits)
+    weights, tree = jax.tree.flatten(params.replace(router=None))
     [y] = experts_p.bind(
         x[None],
-        gates[None],
+        gates.astype(x.dtype)[None],
         chosen[None],
         *(w.astype(x.dtype) for w in weights),
         config=config,
+        tree=tree,
     )
     return y[0]
 
 
-def _run(x, gates, chosen, up, down, gate=None, *, config):
+def _run(x, gates, chosen, *weights, config, tree):
     """x [M, E], gates and chosen [M, k] -> [[M, E]]."""
-    k = chosen.shape[1]
+    experts, k = jax.tree.unflatten(tree, weights), chosen.shape[1]
     order = jnp.argsort(chosen.reshape(-1))
-    sizes = (chosen.reshape(-1, 1) == jnp.arange(up.shape[0])).sum(0, dtype=jnp.int32)
+    expert = chosen.reshape(-1)[order]
+    sizes = (expert[:, None] == jnp.arange(config.num_experts)).sum(0, dtype=jnp.int32)
+
+    def linear(params, rows):
+        y = jax.lax.ragged_dot(rows, params.weight, sizes)
+        return y if params.bias is None else y + params.bias[expert]
+
     rows = x[order // k]
-    hidden = jax.lax.ragged_dot(rows, up, sizes)
-    gate = None if gate is None else jax.lax.ragged_dot(rows, gate, sizes)
-    hidden = activate(config, hidden, gate)
-    rows = jax.lax.ragged_dot(hidden, down, sizes)[jnp.argsort(order)]
+    gate = None if experts.gate is None else linear(experts.gate, rows)
+    hidden = activate(config, linear(experts.up, rows), gate)
+    rows = linear(experts.down, hidden)[jnp.argsort(order)]
     return [jnp.einsum("mk,mke->me", gates, rows.reshape(*chosen.shape, -1))]
 
 
-def _batch(axis, operands, dims, *, config):
+def _batch(axis, operands, dims, **static):
     """Mapped tokens become rows."""
     if all(dim is None for dim in dims):
-        return experts_p.bind(*operands, config=config), [None]
+        return experts_p.bind(*operands, **static), [None]
     if any(dim is not None for dim in dims[3:]):
         raise NotImplementedError(
             "the weights of experts cannot be mapped; use jax.lax.map over models, not jax.vmap."
@@ -68,7 +78,7 @@ def _batch(axis, operands, dims, *, config):
         return x.reshape(-1, *x.shape[2:])
 
     folded = [fold(x, dim) for x, dim in zip(operands[:3], dims[:3], strict=True)]
-    [y] = experts_p.bind(*folded, *operands[3:], config=config)
+    [y] = experts_p.bind(*folded, *operands[3:], **static)
     return [y.reshape(axis.size, -1, y.shape[-1])], [0]
 
 

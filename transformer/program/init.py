@@ -31,11 +31,11 @@ class Maker:
         deviation = 0.02 / (2 * self.config.num_layers) ** 0.5 if last else 0.02
         return nn.initializers.normal(deviation)(key, shape, jnp.float32)
 
-    def linear(self, key, inputs, outputs, *, biased=None, last=False):
-        """A matrix with a bias; `biased` None: where the config has biases on all projections."""
+    def linear(self, key, *shape, biased=None, last=False):
+        """Matrices [..., in, out]; `biased` None: a bias where the config has them everywhere."""
         biased = self.config.biases == "all" if biased is None else biased
-        weight = self.matrix(key, inputs, outputs, last=last)
-        return Linear(weight, self.zeros(outputs) if biased else None)
+        weight = self.matrix(key, *shape, last=last)
+        return Linear(weight, self.zeros(*shape[:-2], shape[-1]) if biased else None)
 
     def norm(self, size):
         """A norm that changes no scale."""
@@ -86,7 +86,7 @@ def init_params(config: Config, key: jax.Array) -> Params:
 def _init_layer(spec, make, key):
     mixer, feed_forward = jax.random.split(key)
     placement = spec.config.norm_placement
-    before = lambda: make.norm(spec.config.width) if placement != "post" else None
+    before = lambda: make.norm(spec.config.width) if placement in ("pre", "both") else None
     after = lambda: make.norm(spec.config.width) if placement != "pre" else None
     return Layer(
         KINDS[spec.kind].init(spec, make, mixer),
@@ -101,19 +101,13 @@ def _init_layer(spec, make, key):
 def _init_feed_forward(config, make, key):
     E, F, X = config.width, config.shape.F, config.num_experts
     up, down, gate, router = jax.random.split(key, 4)
-    gated = config.feed_forward != "gelu"
-    if X:
-        return Experts(
-            router=make.matrix(router, E, X),
-            up=make.matrix(up, X, E, F),
-            down=make.matrix(down, X, F, E, last=True),
-            gate=make.matrix(gate, X, E, F) if gated else None,
-        )
-    return FeedForward(
-        up=make.linear(up, E, F),
-        down=make.linear(down, F, E, last=True),
-        gate=make.linear(gate, E, F) if gated else None,
-    )
+    axis = (X,) if X else ()
+    networks = {
+        "up": make.linear(up, *axis, E, F),
+        "down": make.linear(down, *axis, F, E, last=True),
+        "gate": make.linear(gate, *axis, E, F) if config.gated else None,
+    }
+    return Experts(make.linear(router, E, X), **networks) if X else FeedForward(**networks)
 
 
 def init_cache(config: Config, capacity: int, dtype=None) -> Cache:

@@ -52,8 +52,10 @@ def rotary_frequencies(config, size):
             * math.log(scaling.original_max_length / (rotations * 2 * math.pi))
             / (2 * math.log(base))
         )
-        low = max(math.floor(dimension(scaling.beta_fast)), 0)
-        high = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
+        low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
         ramp = (np.arange(size // 2) - low) / max(high - low, 0.001)
         kept = 1 - np.clip(ramp, 0, 1)
         frequencies *= kept + (1 - kept) / scaling.factor

@@ -7,8 +7,6 @@ import optax
 from optax import contrib
 
 NAMES = ("adamw", "muon")
-# The matrices of a layer, by the names of their fields in `Linear` and `Experts`.
-_MATRICES = {"weight", "router", "up", "gate", "down"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def layer_matrices(params):
 
     def is_matrix(path, _):
         names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-        return names[0] == "layers" and names[-1] in _MATRICES
+        return names[0] == "layers" and names[-1] == "weight"  # of `Linear`
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
