@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels.backends.triton.adapter import call
 from kernels.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
 from kernels.backends.triton.forward_kernel import forward_kernel
-from kernels.backends.triton.launches import launch, width
+from kernels.backends.triton.launches import MULTIPLE, launch, width
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import foldable, vary_like
@@ -55,12 +55,17 @@ def attend(
     def heads(x):
         return None if x is None else jnp.broadcast_to(x.astype(jnp.float32), (B, N))
 
-    moving = (q.astype(dtype), keys.astype(dtype), values.astype(dtype), heads(shared.sinks))
+    moving = (*(_whole(x, dtype) for x in (q, keys, values)), heads(shared.sinks))
     places = map(rows, (where.q_positions, where.kv_positions, where.q_starts))
     operands = moving, (*places, heads(shared.alibi))
     operands = vary_like(operands, operands)
     z, lse = _attend(options, architecture() if on is None else on, *operands)
-    return z.astype(q.dtype), lse.swapaxes(1, 2)
+    return z[..., : values.shape[3]].astype(q.dtype), lse.swapaxes(1, 2)
+
+
+def _whole(x, dtype):
+    """Heads in another dtype, and filled up with zeros to a size that the kernels load well."""
+    return jnp.pad(x.astype(dtype), ((0, 0),) * 3 + ((0, -x.shape[3] % MULTIPLE),))
 
 
 # The axes of the operands, see `kernels.tracing.partition`: q, keys, values and sinks, which have

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels.backends.triton.adapter import call
 from kernels.backends.triton.attention import score_constants
 from kernels.backends.triton.decode_kernels import combine_kernel, decode_kernel
-from kernels.backends.triton.launches import launch, power_of_two, split_size, width
+from kernels.backends.triton.launches import MULTIPLE, launch, power_of_two, split_size, width
 from kernels.blocks import Blocks
 from kernels.cells import is_ring
 from kernels.operands import Shared
@@ -46,10 +46,16 @@ def decode(
       (keys, values) with the new cells, and z [B, 1, N, Hv] in q's dtype.
 
     Raises:
-      NotImplementedError: the head size, dtype or architecture is not in the table of launches.
+      NotImplementedError: the head size, dtype or architecture is not in the table of launches, or
+        a head size is not a multiple of 8.
     """
     on = architecture() if on is None else on
     (keys, values), (k, v), layer = blocks.arrays, cell, blocks.layer
+    if keys.shape[-1] % MULTIPLE or values.shape[-1] % MULTIPLE:
+        raise NotImplementedError(
+            f"heads of {keys.shape[-1]} and {values.shape[-1]} numbers cannot be read in place: "
+            f"both sizes must be multiples of {MULTIPLE}."
+        )
     block = "b" * blocks.batched + "l" * (layer is not None) + "ksh"
     operands = {
         "q": (q, "btnh"),

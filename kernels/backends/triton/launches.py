@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels.backends.triton.table import TABLE
 
+MULTIPLE = 8  # numbers of a head that the kernels load at once; other sizes spill registers
 LARGEST = 256  # head size, of keys and of values
 LARGEST_DECODED = 1024  # as the latent vectors of arXiv:2405.04434 need, of 512 and 64 numbers
 INTERPRETER = 0  # the architecture that runs the kernels' source on the CPU

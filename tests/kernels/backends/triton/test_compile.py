@@ -119,6 +119,14 @@ def test_heads_too_large_for_the_kernels():
         lower_decode(80, 576, "float32", HV=512)
 
 
+def test_a_head_size_that_is_not_a_multiple_of_8():
+    """Many tokens read copies that are filled up; one token would read in place, which spills."""
+    kernels = compiled(lower_training(90, 65, "bfloat16"))
+    assert all(search.misfit(kernel, "bfloat16") is None for kernel in kernels)
+    with pytest.raises(NotImplementedError, match=r"65 and 65 numbers .* multiples of 8"):
+        lower_decode(90, 65, "bfloat16")
+
+
 def test_every_option_at_once_compiles(report):
     """Window, soft cap, starts and ALiBi together, and a head size that is not a power of two."""
     alibi = array(N, dtype=jnp.float32)
