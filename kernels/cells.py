@@ -40,6 +40,9 @@ def write(block, cells, new):
             f"capacity of at least {count}, or a smaller chunk."
         )
 
+    if count == size and cells.shape[0] > 1:
+        return _write_whole(block, cells, new)
+
     def row(block, cells, new):  # block [..., K, S, H]
         # Near the end of the block the slice starts before the first new cell.
         start = jnp.clip(cells[0], 0, size - count)
@@ -60,6 +63,24 @@ def write(block, cells, new):
         )
 
     return jax.lax.fori_loop(0, block.shape[0], each, block)
+
+
+def _write_whole(block, cells, new):
+    """`write` of as many tokens as there are cells, each sequence with its own [B, T].
+
+    In training all rows begin at cell 0. There is no loop over rows then, which devices that have
+    a part of the rows each would have to send to each other.
+    """
+    roll = jax.vmap(lambda x, shift: jnp.roll(x, shift, x.ndim - 2))
+
+    def shifted(cells, new):
+        first = jnp.maximum(cells[:, 0], 0)
+        return roll(cells[..., None], first)[..., 0], roll(new, first)
+
+    as_they_are = lambda *operands: operands
+    cells, new = jax.lax.cond((cells[:, 0] > 0).any(), shifted, as_they_are, cells, new)
+    mine = cells == jnp.arange(cells.shape[1], dtype=cells.dtype)
+    return jnp.where(mine[:, None, :, None], new, block)
 
 
 def write_last(block, i, new, *, ring: bool):
