@@ -59,6 +59,17 @@ class Blocks:
         one = partial(jax.lax.dynamic_update_index_in_dim, index=self.layer, axis=int(self.batched))
         return jax.tree.map(one, self.arrays, block)
 
+    def tile(self, begin, size):
+        """Cells of blocks [K, S, ...] from `begin` on, so many: arrays [B, K, size, ...]."""
+        at = self.index(0, 0, begin, 0)
+
+        def one(x):
+            K, _, H = x.shape[-3:]
+            front = (*x.shape[: int(self.batched)], *(() if self.layer is None else (1,)))
+            return jax.lax.dynamic_slice(x, at, (*front, K, size, H)).reshape(-1, K, size, H)
+
+        return jax.tree.map(one, self.arrays)
+
     def index(self, row, *within):
         """Returns where a slice begins: the sequence, the layer, then the block's own axes."""
         front = [*([row] if self.batched else []), *([] if self.layer is None else [self.layer])]

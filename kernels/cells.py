@@ -112,6 +112,17 @@ def take(block, index):
     return jax.vmap(partial(jnp.take, axis=1))(block, index)
 
 
+def in_order(ring, stop):
+    """The cells of a ring in the order of their positions, the last one before `stop`."""
+    size = ring.shape[2]
+    return take(ring, (stop + jnp.arange(size, dtype=stop.dtype)) % size)
+
+
+def consecutive(first, i):
+    """Cells from `first` on, one for each token at positions i; -1 for padding."""
+    return jnp.where(i < 0, -1, first + jnp.arange(i.shape[1], dtype=i.dtype))
+
+
 def write_one(blocks: Blocks, cells, cell, axis: int = 1):
     """Writes one cell of each sequence, in place.
 

@@ -18,6 +18,9 @@ class Options:
         sees all positions up to i.
       soft_cap: a scaled score becomes soft_cap * tanh(score / soft_cap), as in Gemma 2
         (arXiv:2408.00118); above 0. If None, scores stay as they are.
+      exact: whether what a query reads has the same bits whatever runs beside it, and however large
+        the block is: sums run over tiles of cells that begin at multiples of their size from the
+        first position on, in one order.
 
     NumPy's numbers are turned into Python's, which compilers of kernels take for constants.
 
@@ -29,6 +32,7 @@ class Options:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    exact: bool = False
 
     def __post_init__(self):
         for name in ("scale", "soft_cap"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels.backends import choice
 from kernels.blocks import Blocks
-from kernels.cells import is_ring, take, write, write_last
+from kernels.cells import consecutive, in_order, is_ring, write, write_last
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
@@ -88,14 +88,9 @@ def _write_last(block, i, new, *, ring):
     return jax.tree.map(lambda x, new: write_last(x, i, new, ring=ring), block, new)
 
 
-def _consecutive(first, i):
-    """Consecutive cells from `first` on, one for each token; -1 for padding."""
-    return jnp.where(i < 0, -1, first + jnp.arange(i.shape[1], dtype=i.dtype))
-
-
 def _in_a_row(block, i, new):
     """The tokens in consecutive cells: the block, the cells, and where each document begins."""
-    cells = _consecutive(i[:, :1], i)
+    cells = consecutive(i[:, :1], i)
     return jax.tree.map(lambda x, new: write(x, cells, new), block, new), cells, cells - i
 
 
@@ -105,15 +100,9 @@ def _unrolled(ring, i, new):
     A chunk may overwrite cells that its own first tokens still see, so the read is from the ring as
     it was. Its cells before position 0 are empty: no document begins there.
     """
-    together = lambda x, new: jnp.concatenate([_in_order(x, i[:, :1]), new], axis=2)
-    cells = _consecutive(ring[0].shape[2], i)
+    together = lambda x, new: jnp.concatenate([in_order(x, i[:, :1]), new], axis=2)
+    cells = consecutive(ring[0].shape[2], i)
     return jax.tree.map(together, ring, new), cells, cells - i
-
-
-def _in_order(ring, stop):
-    """The cells of a ring in the order of their positions, the last one before `stop`."""
-    size = ring.shape[2]
-    return take(ring, (stop + jnp.arange(size, dtype=stop.dtype)) % size)
 
 
 def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options, backend: str):
@@ -136,6 +125,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options, back
     operands = vary_like(operands, operands)
 
     def one_token(module):
+        choice.check_exact(module, options)
         if not hasattr(module, "decode"):
             raise NotImplementedError("it has no way of its own to run one token.")
         return module.decode(*operands, options=options)
@@ -159,13 +149,14 @@ def read(blocks: Blocks, i, q, shared: Shared, *, options: Options, backend: str
     blocks, i, q, shared = vary_like(operands, operands)
 
     def one_token(module):
+        choice.check_exact(module, options)
         if hasattr(module, "read"):
             return module.read(blocks, i, q, shared, options=options)
         block, size = blocks.take(), blocks.arrays[0].shape[-2]
         where = Where(i)
         if is_ring(options, size):
-            block = jax.tree.map(lambda x: _in_order(x, i + 1), block)
-            cell = _consecutive(size - 1, i)
+            block = jax.tree.map(lambda x: in_order(x, i + 1), block)
+            cell = consecutive(size - 1, i)
             where = Where(cell, q_starts=cell - i)
         return module.attend(q, *block, where, shared, options=options)[0]
 

@@ -35,6 +35,7 @@ BACKENDS = {
 # What "auto" tries, in order. cudnn is not among them: it needs positions that are known while
 # tracing, and those of a program are data.
 AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
+EXACT = ("xla",)  # those with one order of sums
 FORWARD_MODE = ("xla", "reference")  # those that jax.jvp and jax.linearize go through
 _NO_FORWARD_MODE = (
     "attention backend {!r} has first derivatives in reverse mode only (jax.grad, jax.vjp); for "
@@ -117,6 +118,7 @@ def attend(
     """
 
     def call(module):
+        check_exact(module, options)
         # NumPy's arrays stay known while tracing, which some backends need.
         fields = {name: x for name, x in vars(where).items() if isinstance(x, np.ndarray)}
 
@@ -125,7 +127,7 @@ def attend(
             operands = *arrays, replace(where, **fields), Shared(sinks, alibi)
             return module.attend(*operands, options=options)
 
-        chosen = next(n for n, path in BACKENDS.items() if path == module.__name__)
+        chosen = _name(module)
         if chosen not in FORWARD_MODE:
             attend = reverse_only(attend, _NO_FORWARD_MODE.format(chosen))
         z, lse = attend((q, keys, values, shared.sinks), (where, shared.alibi))
@@ -134,6 +136,22 @@ def attend(
         return z, lse
 
     return run(name, call)
+
+
+def check_exact(module, options: Options) -> None:
+    """Refuses exact options on a backend without one order of sums.
+
+    Raises:
+      NotImplementedError: the backend is none of `EXACT`.
+    """
+    if options.exact and _name(module) not in EXACT:
+        raise NotImplementedError(
+            f"exact numerics need one order of sums, which only {', '.join(EXACT)} keeps."
+        )
+
+
+def _name(module):
+    return next(name for name, path in BACKENDS.items() if path == module.__name__)
 
 
 def _load(name):

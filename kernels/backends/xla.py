@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.blocks import Blocks
-from kernels.cells import is_ring, ring_positions, write_one
+from kernels.cells import consecutive, in_order, is_ring, ring_positions, write_one
+from kernels.exact import attention as exact
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.linear import linear_call
@@ -87,13 +88,20 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
 
 def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
     """`kernels.write_read.read`: tiles of the blocks are read where they lie."""
-    size = blocks.arrays[0].shape[-2]
-    where = Where(i, ring_positions(i, size) if is_ring(options, size) else None)
+    size, where = blocks.arrays[0].shape[-2], Where(i)
+    if is_ring(options, size) and options.exact:
+        blocks = Blocks(jax.tree.map(lambda x: in_order(x, i + 1), blocks.take()), batched=True)
+        cells = consecutive(size - 1, i)
+        where = Where(cells, q_starts=cells - i)
+    elif is_ring(options, size):
+        where = Where(i, ring_positions(i, size))
     return _forward(q, blocks, where, shared, options)[0]
 
 
 def _forward(q, blocks, where, shared, options):
     """`attend` on blocks as they lie, without a gradient: tile by tile, so no copy is made."""
+    if options.exact:
+        return exact.forward(q, blocks, where, shared, options)
     keys, values = blocks.arrays
     num_kv_heads, num_cells = keys.shape[-3:-1]
     one_query = q.shape[1] == 1
@@ -219,14 +227,7 @@ class _Masking:
         """Cells of the blocks from `begin` on: keys [B, K, size, H] and values [B, K, size, Hv]."""
         if blocks.layer is None and size == self.num_cells:
             return blocks.take()
-        at = blocks.index(0, 0, self.start(begin, size), 0)
-
-        def one(x):
-            K, _, H = x.shape[-3:]
-            front = (*x.shape[: int(blocks.batched)], *(() if blocks.layer is None else (1,)))
-            return jax.lax.dynamic_slice(x, at, (*front, K, size, H)).reshape(-1, K, size, H)
-
-        return jax.tree.map(one, blocks.arrays)
+        return blocks.tile(self.start(begin, size), size)
 
     def add(self, block, begin, tile):
         """Adds a tile of gradient [B, K, size, H] to a block's [B, K, S, H]."""

@@ -29,6 +29,7 @@ class Softmax(Memory):
       soft_cap: cap * tanh(score / cap) on the scaled scores; None: off.
       slopes: of ALiBi (arXiv:2108.12409), one for each of the N query heads; None: none.
       backend: what runs it, one of `kernels.backends.choice.BACKENDS`, or "auto".
+      exact: whether what a token reads has the same bits however it runs.
     """
 
     scale: float | None = None
@@ -36,6 +37,7 @@ class Softmax(Memory):
     soft_cap: float | None = None
     slopes: tuple[float, ...] | None = None
     backend: str = "auto"
+    exact: bool = False
 
     def empty(self, capacity, cell):
         """Returns keys and values of zeros, in the dtypes of the cell."""
@@ -146,7 +148,7 @@ class Softmax(Memory):
 
     def _options(self, query):
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return Options(scale, self.window, self.soft_cap)
+        return Options(scale, self.window, self.soft_cap, self.exact)
 
 
 def _fit(k, v):

@@ -19,12 +19,17 @@ _FUNCTIONS = {
 }
 
 
-def activate(config, hidden, gate):
+def activate(spec, hidden, gate):
     """[F] -> [F]: a nonlinearity, or that of a gate times the hidden layer (arXiv:2002.05202)."""
-    if config.feed_forward == "swiglu_clipped":
-        return _swiglu_clipped(hidden, gate)
-    function = _FUNCTIONS[config.feed_forward]
-    return function(gate) * hidden if config.gated else function(hidden)
+    config = spec.config
+
+    def activated(hidden, gate):
+        if config.feed_forward == "swiglu_clipped":
+            return _swiglu_clipped(hidden, gate)
+        function = _FUNCTIONS[config.feed_forward]
+        return function(gate) * hidden if config.gated else function(hidden)
+
+    return spec.numerics.alone(activated)(hidden, gate)
 
 
 def _swiglu_clipped(hidden, gate):

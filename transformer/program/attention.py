@@ -42,28 +42,28 @@ def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
 @segment
 def project(spec, params, x, i):
     """What the token asks and writes: x [E] -> q [N, H], k [K, H], v [K, H]."""
-    config, mixer = spec.config, params.mixer
-    x = norm(config, params.mixer_norm, x)
-    q = _heads(config, linear(mixer.query, x), mixer.q_norm)
-    k = _heads(config, linear(mixer.key, x), mixer.k_norm)
-    v = _heads(config, linear(mixer.value, x))
-    if config.positions == "rotary":
-        q, k = rotate(config, q, i), rotate(config, k, i)
+    mixer = params.mixer
+    x = norm(spec, params.mixer_norm, x)
+    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
+    k = _heads(spec, linear(spec, mixer.key, x), mixer.k_norm)
+    v = _heads(spec, linear(spec, mixer.value, x))
+    if spec.config.positions == "rotary":
+        q, k = rotate(spec, q, i), rotate(spec, k, i)
     return q, k, v
 
 
 @segment
 def query(spec, params, x, i):
     """What a token asks that writes nothing: x [E] -> q [N, H]."""
-    config, mixer = spec.config, params.mixer
-    x = norm(config, params.mixer_norm, x)
-    q = _heads(config, linear(mixer.query, x), mixer.q_norm)
-    return rotate(config, q, i) if config.positions == "rotary" else q
+    mixer = params.mixer
+    x = norm(spec, params.mixer_norm, x)
+    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
+    return rotate(spec, q, i) if spec.config.positions == "rotary" else q
 
 
 def output(spec, params, z):
     """What was read becomes the sublayer's output: z [N, H] -> y [E]."""
-    return linear(params.output, z.reshape(-1))
+    return linear(spec, params.output, z.reshape(-1))
 
 
 def memory(spec) -> Softmax:
@@ -71,7 +71,12 @@ def memory(spec) -> Softmax:
     config = spec.config
     slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     return Softmax(
-        config.attention_scale, config.window, config.attention_soft_cap, slopes, spec.backend
+        config.attention_scale,
+        config.window,
+        config.attention_soft_cap,
+        slopes,
+        spec.backend,
+        spec.numerics.exact,
     )
 
 
@@ -100,8 +105,8 @@ def init(spec, make, key):
     )
 
 
-def _heads(config, x, params=None):
+def _heads(spec, x, params=None):
     """All heads in a row [heads * H] -> [heads, H], normalised before or after they are parted."""
-    if config.qk_norm_over == "all":
-        return norm(config, params, x).reshape(-1, config.shape.H)
-    return norm(config, params, x.reshape(-1, config.shape.H))
+    if spec.config.qk_norm_over == "all":
+        return norm(spec, params, x).reshape(-1, spec.config.shape.H)
+    return norm(spec, params, x.reshape(-1, spec.config.shape.H))

@@ -45,13 +45,13 @@ def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
 def project(spec, params, x):
     """What the token writes and its gate: channels [C], [N, Hv], log_decay [N], strength [N]."""
     mixer, sizes = params.mixer, spec.config.delta_sizes
-    x = norm(spec.config, params.mixer_norm, x)
+    x = norm(spec, params.mixer_norm, x)
     wide = lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    step = jax.nn.softplus(wide(linear(mixer.decay, x)) + mixer.decay_bias)
+    step = jax.nn.softplus(wide(linear(spec, mixer.decay, x)) + mixer.decay_bias)
     log_decay = -jnp.exp(mixer.log_rate) * step
-    strength = jax.nn.sigmoid(wide(linear(mixer.strength, x)))
-    gate = linear(mixer.gate, x).reshape(sizes.num_value_heads, -1)
-    return linear(mixer.channels, x), gate, log_decay, strength
+    strength = jax.nn.sigmoid(wide(linear(spec, mixer.strength, x)))
+    gate = linear(spec, mixer.gate, x).reshape(sizes.num_value_heads, -1)
+    return linear(spec, mixer.channels, x), gate, log_decay, strength
 
 
 @segment
@@ -67,9 +67,9 @@ def heads(spec, channels):
 def output(spec, params, z):
     """What was read, normed and gated, becomes the sublayer's output: [N, Hv] -> y [E]."""
     z, gate = z
-    y = rms_norm(z, spec.config.norm_epsilon) * params.norm.scale
+    y = rms_norm(spec, z) * params.norm.scale
     y = y * jax.nn.silu(gate.astype(y.dtype))
-    return linear(params.output, y.astype(z.dtype).reshape(-1))
+    return linear(spec, params.output, y.astype(z.dtype).reshape(-1))
 
 
 def window(spec) -> Window:

@@ -23,12 +23,13 @@ class Experts:
     gate: Linear | None = None
 
 
-def mix_experts(config, params: Experts, x):
+def mix_experts(spec, params: Experts, x):
     """Top-k routing (arXiv:2401.04088): x [E] -> [E], a sum of k experts weighted by their gates.
 
     The gates are a softmax over the logits of the chosen experts, or over those of all.
     """
-    logits = linear(params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    config = spec.config
+    logits = linear(spec, params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
     if config.expert_gates == "all":
         gates, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.experts_per_token)
     else:
@@ -40,18 +41,18 @@ def mix_experts(config, params: Experts, x):
         gates.astype(x.dtype)[None],
         chosen[None],
         *(w.astype(x.dtype) for w in weights),
-        config=config,
+        spec=spec,
         tree=tree,
     )
     return y[0]
 
 
-def _run(x, gates, chosen, *weights, config, tree):
+def _run(x, gates, chosen, *weights, spec, tree):
     """x [M, E], gates and chosen [M, k] -> [[M, E]]."""
     experts, k = jax.tree.unflatten(tree, weights), chosen.shape[1]
     order = jnp.argsort(chosen.reshape(-1))
     expert = chosen.reshape(-1)[order]
-    sizes = (expert[:, None] == jnp.arange(config.num_experts)).sum(0, dtype=jnp.int32)
+    sizes = (expert[:, None] == jnp.arange(spec.config.num_experts)).sum(0, dtype=jnp.int32)
 
     def linear(params, rows):
         y = jax.lax.ragged_dot(rows, params.weight, sizes)
@@ -59,7 +60,7 @@ def _run(x, gates, chosen, *weights, config, tree):
 
     rows = x[order // k]
     gate = None if experts.gate is None else linear(experts.gate, rows)
-    hidden = activate(config, linear(experts.up, rows), gate)
+    hidden = activate(spec, linear(experts.up, rows), gate)
     rows = linear(experts.down, hidden)[jnp.argsort(order)]
     return [jnp.einsum("mk,mke->me", gates, rows.reshape(*chosen.shape, -1))]
 

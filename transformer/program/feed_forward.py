@@ -17,10 +17,10 @@ class FeedForward:
     gate: Linear | None = None
 
 
-def feed_forward(config, params: FeedForward | Experts, x: jax.Array) -> jax.Array:
+def feed_forward(spec, params: FeedForward | Experts, x: jax.Array) -> jax.Array:
     """x [E] -> [E]."""
     if isinstance(params, Experts):
-        return mix_experts(config, params, x)
-    hidden = linear(params.up, x)
-    gate = None if params.gate is None else linear(params.gate, x)
-    return linear(params.down, activate(config, hidden, gate))
+        return mix_experts(spec, params, x)
+    hidden = linear(spec, params.up, x)
+    gate = None if params.gate is None else linear(spec, params.gate, x)
+    return linear(spec, params.down, activate(spec, hidden, gate))

@@ -43,22 +43,22 @@ def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
 def project(spec, params, x, i):
     """What the token writes and asks: x [E] -> cell [R + P], (q [N, H], q_position [N, P])."""
     config, mixer, sizes = spec.config, params.mixer, spec.config.latent
-    x = norm(config, params.mixer_norm, x)
-    latent, key = jnp.split(linear(mixer.down, x), [sizes.rank])
-    latent = norm(config, mixer.down_norm, latent)
+    x = norm(spec, params.mixer_norm, x)
+    latent, key = jnp.split(linear(spec, mixer.down, x), [sizes.rank])
+    latent = norm(spec, mixer.down_norm, latent)
     if mixer.query_down is not None:
-        x = norm(config, mixer.query_norm, linear(mixer.query_down, x))
-    q = linear(mixer.query, x).reshape(config.num_heads, -1)
+        x = norm(spec, mixer.query_norm, linear(spec, mixer.query_down, x))
+    q = linear(spec, mixer.query, x).reshape(config.num_heads, -1)
     q, q_position = jnp.split(q, [config.shape.H], axis=1)
     if config.positions == "rotary":
-        turn = lambda x: rotate(config, x, i, sizes.rotary_size)
+        turn = lambda x: rotate(spec, x, i, sizes.rotary_size)
         q_position, key = turn(q_position), turn(key[None])[0]
     return jnp.concatenate([latent, key]), (q, q_position)
 
 
 def output(spec, params, z):
     """What was read becomes the sublayer's output: z [N, Hv] -> y [E]."""
-    return linear(params.output, z.reshape(-1))
+    return linear(spec, params.output, z.reshape(-1))
 
 
 def memory(spec) -> Latent:

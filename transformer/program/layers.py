@@ -45,18 +45,22 @@ def layer(spec: LayerSpec, params: Layer, turn: Turn, x: jax.Array):
 @segment
 def combine(spec, params, x, z):
     """What the token makes of what it read, z: x [E] -> x [E]."""
-    config = spec.config
     y = KINDS[spec.kind].output(spec, params.mixer, z)
-    if config.parallel_residual:
-        normed = norm(config, params.feed_forward_norm, x)
-        return x + y + feed_forward(config, params.feed_forward, normed)
-    x = residual(config, params.mixer_post_norm, x, y)
-    y = feed_forward(config, params.feed_forward, norm(config, params.feed_forward_norm, x))
-    return residual(config, params.feed_forward_post_norm, x, y)
+    if spec.config.parallel_residual:
+        normed = norm(spec, params.feed_forward_norm, x)
+        return add(spec, add(spec, x, y), feed_forward(spec, params.feed_forward, normed))
+    x = residual(spec, params.mixer_post_norm, x, y)
+    y = feed_forward(spec, params.feed_forward, norm(spec, params.feed_forward_norm, x))
+    return residual(spec, params.feed_forward_post_norm, x, y)
 
 
-def residual(config, params, x, y):
+def residual(spec, params, x, y):
     """Adds a sublayer's output y to its input x, normalised where the config says."""
-    if config.norm_placement == "post":
-        return norm(config, params, x + y)
-    return x + norm(config, params, y)
+    if spec.config.norm_placement == "post":
+        return norm(spec, params, add(spec, x, y))
+    return add(spec, x, norm(spec, params, y))
+
+
+def add(spec, x, y):
+    """x + y, rounded once."""
+    return spec.numerics.rounded(x + y)

@@ -21,24 +21,32 @@ class Norm:
     bias: jax.Array | None = None
 
 
-def linear(params: Linear, x):
+# In what follows `spec` is anything that has a `config` and `numerics`: a layer's, or a program.
+
+
+def linear(spec, params: Linear, x):
     """x [in] -> [out], computed in x's dtype."""
-    y = x @ params.weight.astype(x.dtype)
+    y = spec.numerics.dot(x, params.weight)
     return y if params.bias is None else y + params.bias.astype(x.dtype)
 
 
-def norm(config, params: Norm | None, x):
+def norm(spec, params: Norm | None, x):
     """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, in float32; None: identity."""
     if params is None:
         return x
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if config.norm == "layer":
-        y = y - y.mean(-1, keepdims=True)
-    y = rms_norm(y, config.norm_epsilon) * params.scale
-    return (y if params.bias is None else y + params.bias).astype(x.dtype)
+
+    def normed(x, params):
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if spec.config.norm == "layer":
+            y = y - spec.numerics.mean(y)
+        y = spec.numerics.rounded(rms_norm(spec, y) * params.scale)
+        return (y if params.bias is None else y + params.bias).astype(x.dtype)
+
+    return spec.numerics.alone(normed)(x, params)
 
 
-def rms_norm(x, epsilon):
+def rms_norm(spec, x):
     """x over the root of its mean square, in the last axis; in float32 or wider."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    mean_square = spec.numerics.mean(jnp.square(x))
+    return x * jax.lax.rsqrt(mean_square + spec.config.norm_epsilon)

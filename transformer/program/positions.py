@@ -7,21 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rotate(config, x, i, size=None):
+def rotate(spec, x, i, size=None):
     """Turns the pairs (x_j, x_{j + size/2}) of each head by the angle i * frequency_j.
 
     RoPE (arXiv:2104.09864), the pairing of GPT-NeoX and Llama. x: [heads, H]; i: scalar; size: how
     many numbers of each head turn, None: as the config says.
     """
-    size = config.rotary_size if size is None else size
-    frequencies, magnitude = rotary_frequencies(config, size)
-    angle = i.astype(jnp.float32) * frequencies
+    size = spec.config.rotary_size if size is None else size
+    frequencies, magnitude = rotary_frequencies(spec.config, size)
+    rounded = spec.numerics.rounded
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    cos, sin = (magnitude * f(angle).astype(wide) for f in (jnp.cos, jnp.sin))
-    half = size // 2
-    a, b = (x[:, n * half : (n + 1) * half].astype(wide) for n in (0, 1))
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, x[:, 2 * half :]], axis=-1)
+
+    def turn(x, i):
+        angle = rounded(i.astype(jnp.float32) * frequencies)
+        cos, sin = rounded([magnitude * f(angle).astype(wide) for f in (jnp.cos, jnp.sin)])
+        half = size // 2
+        a, b = (x[:, n * half : (n + 1) * half].astype(wide) for n in (0, 1))
+        turned = [rounded(a * cos) - b * sin, rounded(b * cos) + a * sin]
+        turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        return jnp.concatenate([turned, x[:, 2 * half :]], axis=-1)
+
+    return spec.numerics.alone(turn)(x, i)
 
 
 @functools.lru_cache

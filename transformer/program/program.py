@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from kernels.backends.choice import check_backend
 from transformer.config import Config
 from transformer.memory.cache import Cache
+from transformer.numerics.numerics import FAST, Numerics
 from transformer.program.fit import check_params
 from transformer.program.layers import KINDS, layer
 from transformer.program.linear import linear, norm
 from transformer.program.params import Params
 from transformer.program.spec import layer_specs
+
+EXACT = {"attention"}  # kinds of layers that exact numerics run
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,18 @@ class Program:
 
     config: Config
     attention: str = "auto"
+    numerics: Numerics = FAST
 
     def __call__(self, params: Params, cache: Cache, token, i):
         """Runs the token at position i; see `program`."""
-        config = self.config
-        check_params(config, params)
+        check_params(self.config, params)
         turn = cache.begin(i)
-        x = embed(config, params, token, turn.i)
-        if config.scan_layers:
+        x = embed(self, params, token, turn.i)
+        if self.config.scan_layers:
             turn, x = turn.scan(self._layers, x, params.layers)
         else:
             turn, x = self._layers(turn, x, params.layers)
-        return turn.end(), unembed(config, params, x)
+        return turn.end(), unembed(self, params, x)
 
     def _layers(self, turn, x, params):
         for spec, layer_params in zip(self._specs, params, strict=True):
@@ -45,7 +48,7 @@ class Program:
 
     @functools.cached_property
     def _specs(self):
-        return layer_specs(self.config, KINDS, self.attention)
+        return layer_specs(self.config, KINDS, self.attention, self.numerics)
 
 
 def program(config: Config, *, numerics: str = "fast", attention: str = "auto") -> Program:
@@ -53,7 +56,8 @@ def program(config: Config, *, numerics: str = "fast", attention: str = "auto") 
 
     Args:
       config: the architecture.
-      numerics: "fast".
+      numerics: "fast" or "exact". In exact numerics a token's logits and cells have the same bits
+        however it runs; see `transformer.numerics`.
       attention: the backend of attention, one of `kernels.backends.choice.BACKENDS`, or "auto".
 
     Returns:
@@ -66,38 +70,44 @@ def program(config: Config, *, numerics: str = "fast", attention: str = "auto") 
     Raises:
       ValueError: numerics or attention name nothing that exists, or dtype is "float64" where JAX's
         64-bit types are off.
+      NotImplementedError: exact numerics do not run some layer of the config.
     """
-    if numerics != "fast":
-        raise ValueError(f"numerics={numerics!r} does not exist; choose 'fast'.")
+    arithmetic = Numerics(numerics)
+    if arithmetic.exact and (config.num_experts or {kind for kind, _ in config.layers} - EXACT):
+        raise NotImplementedError(
+            f"numerics='exact' runs layers of the kinds {', '.join(EXACT)}, without experts; use "
+            "numerics='fast'."
+        )
     check_backend(attention)
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError(
             "dtype='float64' needs JAX's 64-bit types; set JAX_ENABLE_X64=1, or call "
             'jax.config.update("jax_enable_x64", True) at the start.'
         )
-    return Program(config, attention)
+    return Program(config, attention, arithmetic)
 
 
-def embed(config: Config, params: Params, token, i):
+def embed(spec: Program, params: Params, token, i):
     """The token's embedding [E] in the compute dtype, its learned position added.
 
     An id or position that does not exist gives nan: JAX would take the nearest that does.
     """
     x = jnp.asarray(params.embedding).at[token].get(mode="fill", wrap_negative_indices=False)
-    x = x * config.embedding_scale
+    x = spec.numerics.rounded(x * spec.config.embedding_scale)
     if params.positions is not None:
         x = x + jnp.asarray(params.positions).at[i].get(mode="fill")  # -1 is padding, and takes any
-    return x.astype(config.compute_dtype)
+    return spec.numerics.rounded(x.astype(spec.config.compute_dtype))
 
 
-def unembed(config: Config, params: Params, x):
+def unembed(spec: Program, params: Params, x):
     """x [E] -> logits [V], float32."""
-    x = norm(config, params.final_norm, x)
+    x = norm(spec, params.final_norm, x)
     if params.output is None:
-        logits = x @ params.embedding.T.astype(x.dtype)  # E first: vmap then needs no transpose
+        logits = spec.numerics.dot(x, params.embedding.T)  # E first: vmap then needs no transpose
     else:
-        logits = linear(params.output, x)
+        logits = linear(spec, params.output, x)
     logits = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if config.logit_soft_cap is None:
+    cap = spec.config.logit_soft_cap
+    if cap is None:
         return logits
-    return config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    return spec.numerics.alone(lambda logits: cap * jnp.tanh(logits / cap))(logits)

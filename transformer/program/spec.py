@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from transformer.config import Config
+from transformer.numerics.numerics import FAST, Numerics
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class LayerSpec:
       config: the architecture, in which `window` is that of this layer.
       kind: one of `config.LAYER_KINDS`.
       backend: what runs its attention.
+      numerics: what it computes with.
       reads: the number of the block that the layer reads again, instead of writing one of its own;
         None: it writes its own.
     """
@@ -20,16 +22,20 @@ class LayerSpec:
     config: Config
     kind: str
     backend: str = "auto"
+    numerics: Numerics = FAST
     reads: int | None = None
 
 
-def layer_specs(config: Config, kinds: dict, backend: str = "auto") -> tuple[LayerSpec, ...]:
+def layer_specs(
+    config: Config, kinds: dict, backend: str = "auto", numerics: Numerics = FAST
+) -> tuple[LayerSpec, ...]:
     """The layers in order; where they are scanned, those of one repeat.
 
     Args:
       config: the architecture.
       kinds: the module of each kind, of which `blocks(spec)` are a layer's blocks.
       backend: what runs attention.
+      numerics: what the layers compute with.
     """
     specs, last_written, written = [], {}, 0
     layers = config.pattern if config.scan_layers else config.layers
@@ -40,6 +46,7 @@ def layer_specs(config: Config, kinds: dict, backend: str = "auto") -> tuple[Lay
             config.replace(window=window),
             kind,
             backend,
+            numerics,
             reads=last_written[layer] if shares and not config.scan_layers else None,
         )
         specs.append(spec)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from transformer.config import Config, RotaryScaling
 from transformer.program.positions import alibi_slopes, rotary_frequencies, rotate
+from transformer.program.program import program
 
 CONFIG = Config(
     vocab_size=10, max_length=64, num_layers=4, width=32, num_heads=4, head_size=64
@@ -59,13 +60,13 @@ def test_a_rotation_keeps_lengths_and_knows_only_distances(seed, fraction):
     np.testing.assert_array_equal(turn(q, 0), q)
 
 
-ROTATE = jax.jit(rotate, static_argnums=0)
+ROTATE = jax.jit(lambda config, x, i: rotate(program(config), x, i), static_argnums=0)
 
 
 def test_rotation_pairs_numbers_half_a_head_apart():
     """By hand: heads of 4 numbers, pairs (0, 2) and (1, 3), frequencies 1 and base^(-1/2)."""
     config = CONFIG.replace(head_size=4, rotary_base=100.0)
-    turned = rotate(config, jnp.array([[1.0, 0, 0, 1]]), jnp.int32(2))[0]
+    turned = rotate(program(config), jnp.array([[1.0, 0, 0, 1]]), jnp.int32(2))[0]
     expected = [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)]
     np.testing.assert_allclose(turned, expected, rtol=1e-6)
 
