@@ -226,15 +226,15 @@ def test_little_room_is_enough(room):
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
-        ("tiny", {"num_experts": 4, "window": (4, None)}),
+        ("tiny", {"num_layers": 1, "num_experts": 4, "window": 4}),
         ("tiny", {"scan_layers": True, "dtype": "bfloat16"}),
-        ("tiny-mla", {}),
+        ("tiny-mla", {"num_layers": 1}),
         ("tiny-hybrid", {"layer_kinds": ("delta", "attention")}),
     ],
     ids=str,
 )
 def test_transformers_pass(preset, changes):
-    config = presets[preset].replace(num_layers=2, width=16, vocab_size=V, **changes)
+    config = presets[preset].replace(**{"num_layers": 2, "width": 16, "vocab_size": V} | changes)
     params, cache = init_params(config, jax.random.key(0)), init_cache(config, 16)
     report = check_contract(program(config), params, cache, vocab_size=V)
     assert report.lawful, report
