@@ -71,16 +71,23 @@ def _write_whole(block, cells, new):
     In training all rows begin at cell 0. There is no loop over rows then, which devices that have
     a part of the rows each would have to send to each other.
     """
-    roll = jax.vmap(lambda x, shift: jnp.roll(x, shift, x.ndim - 2))
 
     def shifted(cells, new):
         first = jnp.maximum(cells[:, 0], 0)
-        return roll(cells[..., None], first)[..., 0], roll(new, first)
+        return _roll(cells[:, None, :, None], first)[:, 0, :, 0], _roll(new, first)
 
     as_they_are = lambda *operands: operands
     cells, new = jax.lax.cond((cells[:, 0] > 0).any(), shifted, as_they_are, cells, new)
     mine = cells == jnp.arange(cells.shape[1], dtype=cells.dtype)
     return jnp.where(mine[:, None, :, None], new, block)
+
+
+def _roll(x, shift):
+    """x [B, K, T, H] rolled by `shift` [B] along T, bit by bit: no gather, and no scatter after."""
+    for bit in range(x.shape[2].bit_length()):
+        moved = (shift >> bit & 1).astype(bool)
+        x = jnp.where(moved[:, None, None, None], jnp.roll(x, 1 << bit, 2), x)
+    return x
 
 
 def write_last(block, i, new, *, ring: bool):

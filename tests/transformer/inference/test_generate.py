@@ -121,7 +121,7 @@ def test_bfloat16_casts_matrices_once_and_agrees_with_the_parallel_mode(prompts)
     params = _cast(config, model(config).params)
     layer = params.layers[0]
     assert params.embedding.dtype == layer.mixer.query.weight.dtype == jnp.bfloat16
-    assert layer.feed_forward.up.dtype == jnp.bfloat16
+    assert layer.feed_forward.up.weight.dtype == jnp.bfloat16
     assert params.final_norm.scale.dtype == layer.mixer_norm.scale.dtype == jnp.float32
     prompt = prompts[3]
     [completion] = generate(model(config), [prompt], max_new_tokens=30, seed=1)
