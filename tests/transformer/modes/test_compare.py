@@ -23,7 +23,11 @@ DELTA = Delta(num_key_heads=2, num_value_heads=4, key_size=6, value_size=5)
 @st.composite
 def configs(draw):
     pick = lambda *values: draw(st.sampled_from(values))
-    placement, kinds, scan_layers = pick(*CHOICES["norm_placement"]), pick(*KINDS), draw(st.booleans())
+    placement, kinds, scan_layers = (
+        pick(*CHOICES["norm_placement"]),
+        pick(*KINDS),
+        draw(st.booleans()),
+    )
     options = {
         "positions": pick("rotary", "none"),
         "latent": Latent(rank=12, query_rank=pick(None, 10), rotary_size=4, value_size=6),
@@ -72,7 +76,7 @@ HYBRID = Config(**SIZES, layer_kinds=("delta", "attention"), delta=DELTA, scan_l
 SHARED = Config(**(SIZES | {"num_layers": 3}), window=(8, None, 8), num_shared_kv_layers=1)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     config=configs(),
     way=st.sampled_from(
