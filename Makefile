@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-# Tests mostly compile, on one core each.
+# Tests mostly compile, on one core each; those of a file share what is compiled.
 WORKERS ?= 2
 
 .PHONY: demo test lint docs clean
@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
 
 test: .venv/tests-installed
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile
 
 lint: .venv/tests-installed
 	$(BIN)/ruff check
