@@ -50,7 +50,7 @@ def test_edits_hold_in_every_mode(kind, model):
     np.testing.assert_allclose(batch[1], one, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["attention", "scanned", "hybrid"])
+@pytest.mark.parametrize("kind", ["scanned", "hybrid"])
 def test_a_program_under_edits_is_lawful(kind, model):
     f, params, cache, _ = model(kind)
     report = check_contract(intervene(f, some_edits(kind)), params, cache, vocab_size=31)
