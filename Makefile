@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
 
 test: .venv/tests-installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/tests-installed
 	$(BIN)/ruff check
