@@ -5,12 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transformer.memory.cells import Cells
 from transformer.memory.latent import Latent
 from transformer.memory.memory import Memory
-from transformer.memory.softmax import Softmax
-
-KEEP_CELLS = (Softmax, Latent, Cells)
 
 
 class Seen(NamedTuple):
@@ -31,7 +27,7 @@ def seen(memory: Memory, block, i, cells, packed: bool = False) -> Seen:
     """Finds which cells the tokens of a chunk see.
 
     Args:
-      memory: one of `KEEP_CELLS`.
+      memory: `Softmax` or `Latent`.
       block: as it was before the chunk.
       i: [T] int32, as in `Memory.chunk`.
       cells: a pytree with a leading axis T.
@@ -55,6 +51,6 @@ def seen(memory: Memory, block, i, cells, packed: bool = False) -> Seen:
 
 def _in_front(memory, block):
     """The cells of a block with the axis of cells in front."""
-    if isinstance(memory, Softmax):
-        return jax.tree.map(lambda x: x.swapaxes(0, 1), block)
-    return block[0] if isinstance(memory, Latent) else block
+    if isinstance(memory, Latent):
+        return block[0]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), block)

@@ -9,7 +9,7 @@ from flax import struct
 
 from kernels.blocks import Blocks
 from transformer.checks import whole_number
-from transformer.insight.cells import seen
+from transformer.insight.cells import Seen, seen
 from transformer.insight.cutting import Hidden, Hiding, hides, shown
 from transformer.insight.intervene import Intervened, with_edits
 from transformer.insight.weights import heads, weights
@@ -73,6 +73,11 @@ class Trace:
     start: int = struct.field(pytree_node=False, default=0)
 
     @property
+    def length(self) -> int:
+        """How many positions there are up to the last token's."""
+        return self.start + len(self.tokens)
+
+    @property
     def written(self) -> tuple[Reading, ...]:
         """The instructions that wrote the blocks, one for each."""
         return tuple(x for x in self.instructions if not x.again)
@@ -108,7 +113,8 @@ class Trace:
         Raises:
           ValueError: the block's memory has no weights.
         """
-        return attention_weights(self.written[block], self.positions, self.start, queries)
+        near, _, weights = attention(self.written[block], self.positions, queries)
+        return by_position(near, weights, self.length).swapaxes(0, 1)
 
     def tiles(self, block: int, size: int = 128):
         """`weights` for `size` queries at a time: pairs (slice of T, weights)."""
@@ -191,12 +197,23 @@ def _one_by_one(readings, cache):
     return [of_repeat(reading, n) for n in range(cache.repeats) for reading in readings]
 
 
-def attention_weights(reading: Reading, positions, start: int, queries=None):
-    """The weights of attention of one instruction; see `Trace.weights`."""
+def attention(reading: Reading, positions, queries=None):
+    """The attention of one instruction: -> (cells `Seen`, `Heads`, weights [queries, N, S]).
+
+    Here the S cells are those of the block as it was, then those of the trace; see `by_position`.
+
+    Args:
+      reading: an instruction of a trace.
+      positions: [T], those of the trace.
+      queries: as in `Trace.weights`.
+
+    Raises:
+      ValueError: the block's memory has no weights.
+    """
     if not isinstance(reading.memory, Softmax | Latent):
         raise ValueError(
             f"block {reading.block} is kept by {reading.memory}, whose reads have no weights; "
-            "contributions of its cells are given by transformer.insight.contributions."
+            "transformer.insight.contributions tells how much of a read comes from which cell."
         )
     which = slice(None) if queries is None else queries
     which = which if isinstance(which, slice) else jnp.asarray(which)
@@ -208,8 +225,11 @@ def attention_weights(reading: Reading, positions, start: int, queries=None):
         hidden = Hidden(reading.shared, reading.hidden)
         hide = jax.vmap(lambda flags: hides(hidden, flags, near.positions))
         visible &= ~hide(pick(reading.flags))
-    made = weights(reading.memory, of, pick(positions)[:, None] - near.positions, visible)
-    length = start + len(positions)
+    distance = pick(positions)[:, None] - near.positions
+    return near, of, weights(reading.memory, of, distance, visible)
+
+
+def by_position(near: Seen, x, length: int):
+    """x [..., S] of cells in a row, at the positions of the cells: [..., length]."""
     places = jnp.where(near.positions < 0, length, near.positions)  # an empty cell has none
-    by_position = jnp.zeros((*made.shape[:2], length), made.dtype).at[..., places]
-    return by_position.add(made, mode="drop").swapaxes(0, 1)
+    return jnp.zeros((*x.shape[:-1], length), x.dtype).at[..., places].add(x, mode="drop")

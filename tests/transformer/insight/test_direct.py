@@ -1,0 +1,61 @@
+"""Direct contributions: they sum up to the logit."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.insight import cut, direct, intervene, trace
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"norm_placement": "post"}),
+        ("gpt2", {"norm_placement": "both", "tie_embeddings": False}),
+        ("attention", {"parallel_residual": True}),
+        ("scanned", {}),
+        ("window", {}),
+        ("latent", {}),
+        ("shared", {}),
+        ("hybrid", {}),
+    ],
+)
+def test_contributions_sum_up_to_the_logit(kind, changes, model):
+    f, params, cache, tokens = model(kind, **changes)
+    seen = trace(f, params, cache, tokens)
+    for position, token in ((9, 3), (4, 30)):
+        made = direct(f, params, seen, position, token)
+        logit = seen.logits[position, token]
+        parts = made.embedding + made.mixers.sum() + made.feed_forwards.sum() + made.biases
+        scale = float(abs(made.mixers).max() + abs(made.feed_forwards).max() + 1)
+        # float32: sums of numbers of the size of the parts.
+        np.testing.assert_allclose(parts, logit, atol=1e-5 * scale)
+        np.testing.assert_allclose(made.total, logit, atol=1e-5 * scale)
+        for n, cells in enumerate(made.cells):
+            if cells is None:
+                assert kind == "hybrid"
+                continue
+            assert cells.shape == (4, 10) and not cells[:, position + 1 :].any()
+            if f.config.biases == "none":  # else the mixer has a bias beside its cells
+                np.testing.assert_allclose(cells.sum(), made.mixers[n], atol=1e-5 * scale)
+
+
+def test_what_a_cell_contributes_is_lost_when_it_is_erased(model):
+    """Erased from the read itself, with the weights and norms as they were."""
+    f, params, cache, tokens = model("attention", num_layers=1, norm_placement="pre")
+    seen = trace(f, params, cache, tokens)
+    made = direct(f, params, seen, 9, 3)
+    g = intervene(f, [cut(0, 9, 2, heads=[1])])
+    other = direct(g, params, trace(g, params, cache, tokens), 9, 3)
+    assert made.cells[0][1, 2] != 0 and other.cells[0][1, 2] == 0
+    np.testing.assert_array_equal(jnp.isfinite(other.cells[0]), True)
+
+
+def test_a_difference_of_logits(model):
+    f, params, cache, tokens = model("attention")
+    seen = trace(f, params, cache, tokens)
+    direction = jnp.zeros(31).at[jnp.array([3, 5])].set(jnp.array([1.0, -1.0]))
+    first, second, both = (direct(f, params, seen, 9, x) for x in (3, 5, direction))
+    # float32: the difference of two numbers of a few units.
+    np.testing.assert_allclose(first.mixers - second.mixers, both.mixers, atol=1e-4)

@@ -1,0 +1,58 @@
+"""The residual stream: made from the reads alone, it ends where the program ends."""
+
+import numpy as np
+import pytest
+
+from transformer.insight import hooks, lens, stream, trace
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("attention", {"norm_placement": "both", "logit_soft_cap": 5.0}),
+        ("attention", {"norm_placement": "post", "num_experts": 3}),
+        ("scanned", {}),
+        ("latent", {"parallel_residual": True}),
+        ("hybrid", {}),
+        ("shared", {}),
+    ],
+)
+def test_it_ends_in_the_logits(kind, changes, model):
+    f, params, cache, tokens = model(kind, **changes)
+    seen = trace(f, params, cache, tokens)
+    made = stream(f, params, seen)
+    logits = lens(f, params, seen)[-1]
+    np.testing.assert_allclose(logits, seen.logits, atol=1e-4)  # float32, compiled otherwise
+    np.testing.assert_array_equal(made.before[1:], made.after[:-1])
+    assert made.mixers.shape == made.middle.shape == (f.config.num_layers, 10, 16)
+    if changes.get("norm_placement") is None and not f.config.parallel_residual:
+        np.testing.assert_allclose(made.middle + made.feed_forwards, made.after, atol=1e-5)
+
+
+def test_a_program_of_ones_own_has_none():
+    with pytest.raises(TypeError, match="was not made by program"):
+        stream(lambda: None, None, None)
+
+
+def test_hooks_have_the_names_of_transformer_lens(model):
+    f, params, cache, tokens = model("gpt2")
+    seen = trace(f, params, cache, tokens)
+    found = hooks(f, params, seen)
+    assert found["blocks.1.hook_resid_post"].here == "stream.after[1]"
+    for name, shape in {
+        "hook_embed": (10, 16),
+        "blocks.0.attn.hook_q": (10, 4, 4),
+        "blocks.1.attn.hook_k": (10, 4, 4),
+        "blocks.1.attn.hook_pattern": (4, 10, 10),
+        "blocks.0.hook_resid_mid": (10, 16),
+    }.items():
+        hook = found[name]
+        assert hook.value().shape == shape
+        names = {"seen": seen, "stream": stream(f, params, seen)}
+        np.testing.assert_array_equal(eval(hook.here, names), hook.value())
+    assert "blocks.0.attn.hook_rot_q" in hooks(*_of(model("attention")))
+
+
+def _of(given):
+    f, params, cache, tokens = given
+    return f, params, trace(f, params, cache, tokens)

@@ -1,0 +1,99 @@
+"""How predictions came about: through which cells, read by whom, and what cutting does."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from transformer.insight.attribution import contributions, gradients
+from transformer.insight.edits import cut
+from transformer.insight.intervene import intervene
+from transformer.insight.lens import lens
+from transformer.insight.trace import trace
+from transformer.memory.cache import Cache
+from transformer.modes.schedule import run
+from transformer.program.params import Params
+
+
+@struct.dataclass
+class Flow:
+    """The flow of information through a prompt of T tokens.
+
+    Attributes:
+      tokens: [T] int32.
+      predicted: [T] int32, the most likely token after each.
+      probability: [T], that of the predicted one.
+      edges: [T, blocks, T, T]: for the logit of each token's prediction, how much it owes to each
+        read (by a token, of a cell) of each block: the gradient by the read, times what came from
+        that cell (`contributions`).
+      lens: [L, T] int32, what the residual stream after each layer says comes next.
+      cut_predicted, cut_probability: [blocks, T, T]: with one cell (block, position) cut off from
+        all queries, the prediction after each token, and its probability.
+    """
+
+    tokens: jax.Array
+    predicted: jax.Array
+    probability: jax.Array
+    edges: jax.Array
+    lens: jax.Array
+    cut_predicted: jax.Array
+    cut_probability: jax.Array
+
+
+def flow(f: Callable, params: Params, cache: Cache, tokens) -> Flow:
+    """Finds how a prompt's predictions came about; meant for prompts of a few dozen tokens.
+
+    Args:
+      f: a program made by `program`.
+      params: its parameters.
+      cache: an empty one.
+      tokens: [T] int.
+
+    Raises:
+      ValueError: a block's cells cannot be cut, as those of some memories of one's own.
+    """
+    return _flow(f, params, cache, jnp.asarray(tokens))
+
+
+def edges(f: Callable, params, cache: Cache, tokens, objective: Callable):
+    """What a number owes to each read of each cell: [blocks, T, T], by block, reader and cell."""
+    seen = trace(f, params, cache, tokens)
+    slopes = gradients(f, params, cache, tokens, objective, of="read")
+    readers = jnp.arange(len(seen.tokens))
+
+    def of_block(block):
+        slope = lambda t: jax.tree.map(lambda x: x[t], slopes[block])
+        return jax.vmap(lambda t: contributions(seen, block, t, slope(t)))(readers)
+
+    return jnp.stack([of_block(block) for block in range(len(seen.cells))])
+
+
+def predictions(logits):
+    """The most likely token of logits [..., V], and its probability: [...] each."""
+    return logits.argmax(-1).astype(jnp.int32), jax.nn.softmax(logits).max(-1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _flow(f, params, cache, tokens):
+    seen = trace(f, params, cache, tokens)
+    predicted, probability = predictions(seen.logits)
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+
+    def of_prediction(t):
+        return edges(f, params, cache, tokens, lambda logits: logits[t, predicted[t]])
+
+    def without(block):
+        one = lambda s: run(intervene(f, [cut(block, None, s)]), params, cache, tokens)[1]
+        return jax.lax.map(lambda s: predictions(one(s)), positions)
+
+    cuts = [without(block) for block in range(len(seen.cells))]
+    return Flow(
+        tokens,
+        predicted,
+        probability,
+        jax.lax.map(of_prediction, positions),
+        predictions(lens(f, params, seen))[0],
+        *map(jnp.stack, zip(*cuts, strict=True)),
+    )

@@ -1,0 +1,69 @@
+"""Patching over pairs of prompts: which cells, and which paths, carry the difference."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from transformer.insight.attribution import again
+from transformer.insight.edits import patch, replace
+from transformer.insight.intervene import intervene
+from transformer.insight.trace import trace
+from transformer.memory.cache import Cache
+from transformer.modes.schedule import run
+
+
+def activation_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Callable):
+    """Runs a prompt once for each cell, that cell written as another prompt of T tokens writes it.
+
+    Args:
+      f, params: the program.
+      cache: an empty one.
+      clean: [T] int, the prompt that cells are taken from.
+      corrupt: [T] int, the prompt that runs.
+      metric: metric(logits [T, V]) -> a number.
+
+    Returns:
+      [blocks, T], the number with each cell patched.
+    """
+    source = trace(f, params, cache, clean)
+    at = jnp.arange(len(source.tokens), dtype=jnp.int32)
+
+    def of_block(block):
+        def one(s):
+            cell = jax.tree.map(lambda x: x[s][None], source.cells[block])
+            g = intervene(f, [patch(block, s[None], cell)])
+            return metric(run(g, params, cache, corrupt)[1])
+
+        return jax.lax.map(one, at)
+
+    return jnp.stack([of_block(block) for block in range(len(source.cells))])
+
+
+def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Callable, block: int):
+    """Runs a prompt once for each edge of a block: one token reads one cell of another prompt.
+
+    All other tokens read that cell as it is, so that only the path through this read differs.
+
+    Args:
+      f, params, cache, clean, corrupt, metric: as in `activation_patching`.
+      block: the number of the block.
+
+    Returns:
+      [T, T], the number for each token that reads, and each cell; no cell lies after the token.
+    """
+    source, base = (trace(f, params, cache, tokens) for tokens in (clean, corrupt))
+    reading, length = base.written[block], len(base.tokens)
+    plain = metric(base.logits)
+
+    def one(edge):
+        t, s = edge
+        put = lambda x, new: x.at[s].set(new[s])
+        cells = jax.tree.map(put, reading.cells, source.cells[block])
+        z = jax.tree.map(lambda x: x[t], again(reading, base.positions, cells))
+        g = intervene(f, [replace(block, t[None], z, of="read")])
+        return metric(run(g, params, cache, corrupt)[1])
+
+    edges = jnp.stack(jnp.tril_indices(length), 1)
+    values = jax.lax.map(lambda edge: one((edge[0], edge[1])), edges)
+    return jnp.full((length, length), plain).at[edges[:, 0], edges[:, 1]].set(values)

@@ -1,0 +1,53 @@
+"""Pictures of the flow of information: tokens across, blocks upward, one square a cell."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from transformer.insight.flow import Flow
+
+
+def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: float = 0.1):
+    """Draws through which cells one prediction came, as a Matplotlib figure.
+
+    Args:
+      flow: what `flow` gave.
+      texts: [T], the text of each token.
+      position: the token whose prediction is explained, as an index into T.
+      threshold: reads weaker than this share of the strongest are left out.
+    """
+    from matplotlib.figure import Figure
+
+    edges = np.asarray(flow.edges)[position]
+    blocks, length, _ = edges.shape
+    figure = Figure(figsize=(max(4, 0.55 * length), 1.2 + 0.7 * blocks), layout="constrained")
+    axes = figure.subplots()
+    for block, reader, cell, weight in strong(edges, threshold):
+        color = "tab:blue" if weight > 0 else "tab:red"
+        share = abs(weight) / np.abs(edges).max()
+        ends = [cell, reader], [block, block + 0.72]
+        axes.plot(*ends, color=color, linewidth=4 * share, alpha=0.75, zorder=1)
+    at = np.meshgrid(np.arange(length), np.arange(blocks))
+    owed = np.abs(edges).sum(1)
+    colors = owed / (owed.max() or 1)
+    axes.scatter(
+        *at, c=colors, marker="s", s=90, cmap="Greys", vmin=0, vmax=1, edgecolors="black", zorder=2
+    )
+    axes.set_xticks(range(length), [repr(text)[1:-1] for text in texts], rotation=60, ha="right")
+    axes.set_yticks(range(blocks), [f"block {n}" for n in range(blocks)])
+    axes.set_ylim(-0.5, blocks)
+    axes.set_title(f"cells behind the prediction after token {position % length}", fontsize=10)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def strong(edges, threshold: float):
+    """The reads of edges [blocks, T, T] that matter: tuples (block, reader, cell, weight).
+
+    Strongest first; a read matters whose weight is at least `threshold` of the largest.
+    """
+    edges = np.asarray(edges)
+    found = np.argwhere(np.abs(edges) >= max(threshold * np.abs(edges).max(), 1e-12))
+    rows = [(*map(int, at), float(edges[tuple(at)])) for at in found]
+    return sorted(rows, key=lambda row: -abs(row[-1]))
