@@ -1,0 +1,203 @@
+"""What the claims of the essay are measured by: a trained model, looked at block by block.
+
+Every measure gives one number for each block and document, so that a mean has an interval of
+confidence over documents.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from transformer.insight import intervene, lens, replace, trace
+from transformer.modes.depth import depth
+from transformer.modes.schedule import recompute, run
+from transformer.numerics.log_softmax import cross_entropy
+from transformer.program.init import init_cache
+from transformer.program.program import program
+
+RIDGE = 1e-2  # of the probes, on cells of variance 1
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure, of each block and document.
+
+    name: what it is. unit: of its numbers. values: [blocks, documents].
+    """
+
+    name: str
+    unit: str
+    values: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[blocks]."""
+        return self.values.mean(1)
+
+    @property
+    def interval(self) -> np.ndarray:
+        """[blocks], half the width of the 95 % interval of the mean, over documents."""
+        documents = self.values.shape[1]
+        return 1.96 * self.values.std(1, ddof=1) / np.sqrt(documents)
+
+
+def measures(config, params, documents: Sequence) -> list[Measure]:
+    """All measures of one model.
+
+    Args:
+      config, params: the model, whose layers are all of attention.
+      documents: [D, T] int, at least 4 of them; the probes are trained on the first half.
+    """
+    documents = jnp.asarray(np.asarray(documents), jnp.int32)
+    f, cache = program(config), init_cache(config, documents.shape[1])
+    blocks = range(config.num_layers)
+    silent = lambda where: [replace(block, None, 0.0, of="read") for block in where]
+    losses = lambda edits: _losses(intervene(f, edits), params, cache, documents)
+    plain = losses([])
+    rise = lambda where: np.stack([losses(silent(where(block))) - plain for block in blocks])
+    seen = [_looked(f, params, cache, tokens) for tokens in documents]
+    by_block = lambda name: np.stack([one[name] for one in seen], 1)
+    return [
+        Measure("loss without the reads of this block", "nats more", rise(lambda b: [b])),
+        Measure(
+            "loss with reads of the blocks up to this one only",
+            "nats more",
+            rise(lambda b: blocks[b + 1 :]),
+        ),
+        Measure("loss with reads from this block on only", "nats more", rise(lambda b: blocks[:b])),
+        Measure("how far back it is read", "tokens", by_block("distance")),
+        Measure("weight on the token's own cell", "share", by_block("own")),
+        Measure("the lens after it agrees with the model", "share", by_block("agrees")),
+        *_probes(np.stack([one["cells"] for one in seen], 1), np.asarray(documents)),
+    ]
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_of(g, params, cache, documents):
+    def loss(tokens):
+        return cross_entropy(run(g, params, cache, tokens)[1][:-1], tokens[1:])[0].mean()
+
+    return jax.lax.map(loss, documents)
+
+
+def _losses(g, params, cache, documents):
+    return np.asarray(_losses_of(g, params, cache, documents))
+
+
+@partial(jax.jit, static_argnums=0)
+def _looked(f, params, cache, tokens):
+    """What one document shows of each block."""
+    seen = trace(f, params, cache, tokens)
+    at = seen.positions
+    weights = jnp.stack([seen.weights(b).mean(0) for b in range(len(seen.cells))])
+    distance = (weights * (at[:, None] - at)).sum(-1).mean(1)
+    own = jnp.diagonal(weights, axis1=1, axis2=2).mean(1)
+    agrees = (lens(f, params, seen).argmax(-1) == seen.logits.argmax(-1)).mean(1)
+    flat = lambda x: x.reshape(len(at), -1)
+    cells = [jnp.concatenate(list(map(flat, jax.tree.leaves(cell))), 1) for cell in seen.cells]
+    return {"distance": distance, "own": own, "agrees": agrees, "cells": jnp.stack(cells)}
+
+
+def _probes(cells, documents) -> list[Measure]:
+    """What a linear probe reads from cells [blocks, D, T, C]: share of right answers."""
+    half = len(documents) // 2
+    found = []
+    for name, shift in (("its own token", 0), ("the token before", -1), ("the token after", 1)):
+        inside = slice(max(0, -shift), documents.shape[1] - max(0, shift))
+        targets = np.roll(documents, -shift, 1)[:, inside]
+        right = [_probe(x[:, inside], targets, half) for x in cells]
+        found.append(Measure(f"a linear probe of its cells finds {name}", "share", np.stack(right)))
+    return found
+
+
+def _probe(x, targets, half):
+    """Ridge regression on classes: x [D, T, C], targets [D, T] -> the share right, by document."""
+    flat = x[:half].reshape(-1, x.shape[-1])
+    mean, scale = flat.mean(0), flat.std(0) + 1e-6
+    normed = lambda x: np.concatenate([(x - mean) / scale, np.ones((*x.shape[:-1], 1))], -1)
+    inputs, classes = normed(flat), np.unique(targets[:half])
+    one_hot = (targets[:half].reshape(-1, 1) == classes).astype(np.float32)
+    gram = inputs.T @ inputs / len(inputs) + RIDGE * np.eye(inputs.shape[1])
+    matrix = np.linalg.solve(gram, inputs.T @ one_hot / len(inputs))
+    guesses = classes[(normed(x[half:]) @ matrix).argmax(-1)]
+    return (guesses == targets[half:]).mean(1)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How a program of the examples learned a small task.
+
+    name: of the program. losses: after each step. seconds: of one step. depth: in instructions.
+    """
+
+    name: str
+    losses: list[float]
+    seconds: float
+    depth: int
+
+
+def feedback_beside_plain(steps: int, length: int = 24, rows: int = 16) -> list[Learned]:
+    """Trains plain attention and the feedback transformer of the examples, on copying.
+
+    A row is random tokens, twice; the loss is that of the second half. The feedback transformer has
+    the sequential mode only, and plain attention is trained in the parallel one.
+    """
+    from examples.programs import attention
+    from examples.programs.unlawful import feedback
+
+    found = []
+    for name, module, chunk in (("plain", attention, None), ("feedback", feedback, 1)):
+        params, cache = module.init(jax.random.key(0)), module.empty(length)
+        losses, seconds = _train(module.program, params, cache, chunk, steps, rows)
+        chain = depth(module.program, params, cache, length if chunk is None else 1)
+        found.append(Learned(name, losses, seconds, chain if chunk is None else length * chain))
+    return found
+
+
+def _train(f: Callable, params, cache, chunk, steps, rows):
+    half, optimizer = cache.capacity // 2, optax.adam(3e-3)
+
+    def loss(params, key):
+        tokens = jax.random.randint(key, (rows, half), 0, 32)
+        tokens = jnp.concatenate([tokens, tokens], 1)
+        logits = jax.vmap(lambda x: run(f, params, cache, x, chunk=chunk)[1])(tokens)
+        return cross_entropy(logits[:, half - 1 : -1], tokens[:, half:])[0].mean()
+
+    @jax.jit
+    def step(params, state, key):
+        value, slope = jax.value_and_grad(loss)(params, key)
+        updates, state = optimizer.update(slope, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses, begun = optimizer.init(params), [], None
+    for key in jax.random.split(jax.random.key(1), steps):
+        params, state, value = step(params, state, key)
+        losses.append(float(value))
+        begun = begun or time.perf_counter()  # the first step compiles
+    return losses, (time.perf_counter() - begun) / max(1, steps - 1)
+
+
+def times(config, params, lengths: Sequence[int]) -> dict[str, list[float]]:
+    """Seconds of each way to run T tokens, for each length: parallel, sequential, recomputed."""
+    f = program(config)
+    ways = {
+        "parallel": lambda cache, tokens: run(f, params, cache, tokens)[1],
+        "one by one": lambda cache, tokens: run(f, params, cache, tokens, chunk=1)[1],
+        "without a cache": lambda cache, tokens: recompute(f, params, cache, tokens)[1],
+    }
+    found = {}
+    for name, way in ways.items():
+        compiled, found[name] = jax.jit(way), []
+        for length in lengths:
+            operands = init_cache(config, length), jnp.arange(length) % config.vocab_size
+            compiled(*operands).block_until_ready()
+            begun = time.perf_counter()
+            compiled(*operands).block_until_ready()
+            found[name].append(time.perf_counter() - begun)
+    return found

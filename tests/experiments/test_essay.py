@@ -1,0 +1,60 @@
+"""The essay's claims, measured on a tiny model: every claim is judged, and a report is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.suites.essay import Measure, _probe, feedback_beside_plain
+from transformer import Model, init_params, presets, save
+from transformer.data.tokenizer import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_measures_and_judges(tmp_path, corpus):
+    config = presets["tiny"].replace(width=16, num_heads=2, num_kv_heads=1)
+    save(
+        Model(config, init_params(config, jax.random.key(0)), byte_tokenizer()), tmp_path / "model"
+    )
+    flags = f"--workdir={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", f"--text={corpus}"
+    sizes = "--fraction=0.5", "--documents=4", "--length=12", "--steps=2", "--lengths=8"
+    command = [sys.executable, "-m", "experiments.essay", *flags, *sizes]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out/essay.json").read_text())
+    assert len(found["claims"]) == 7
+    assert all(isinstance(claim["supported"], bool) for claim in found["claims"])
+    for measure in found["measures"]:
+        assert len(measure["mean"]) == len(measure["half_interval"]) == 2
+        assert np.isfinite(measure["mean"]).all()
+    report = (tmp_path / "out/essay.md").read_text()
+    assert report in result.stdout and "python -m experiments.essay" in report
+    assert (tmp_path / "out/essay.png").read_bytes().startswith(b"\x89PNG")
+    # A fresh model: what follows the last read of the last layer is all that there is to agree on.
+    agree = next(x for x in found["measures"] if "lens" in x["name"])
+    assert agree["mean"][-1] == 1
+
+
+def test_a_probe_reads_what_is_there(rng):
+    targets = rng.integers(0, 5, (8, 20))
+    there = np.eye(5)[targets] + 0.01 * rng.standard_normal((8, 20, 5))
+    noise = rng.standard_normal((8, 20, 5))
+    assert _probe(there, targets, 4).tolist() == [1, 1, 1, 1]
+    assert _probe(noise, targets, 4).mean() < 0.5  # chance is 0.2, of 80 guesses
+
+
+def test_intervals_are_over_documents(rng):
+    values = rng.standard_normal((2, 400))
+    measure = Measure("", "", values)
+    assert measure.mean.shape == (2,)
+    np.testing.assert_allclose(measure.interval, 1.96 / 20, rtol=0.2)  # 400 draws of deviation 1
+
+
+def test_the_feedback_transformer_is_deeper():
+    plain, feedback = feedback_beside_plain(steps=2, length=8, rows=2)
+    assert (plain.depth, feedback.depth) == (2, 16)
+    assert len(plain.losses) == 2 and np.isfinite([plain.losses, feedback.losses]).all()
