@@ -25,7 +25,7 @@ class Flow:
       tokens: [T] int32.
       predicted: [T] int32, the most likely token after each.
       probability: [T], that of the predicted one.
-      edges: [T, blocks, T, T]: for the logit of each token's prediction, how much it owes to each
+      edges: [T, blocks, T, T]: how much the log-probability of each prediction owes to each
         read (by a token, of a cell) of each block: the gradient by the read, times what came from
         that cell (`contributions`).
       lens: [L, T] int32, what the residual stream after each layer says comes next.
@@ -82,7 +82,9 @@ def _flow(f, params, cache, tokens):
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
 
     def of_prediction(t):
-        return edges(f, params, cache, tokens, lambda logits: logits[t, predicted[t]])
+        # The logarithm, since a logit by itself may rise with all others.
+        objective = lambda logits: jax.nn.log_softmax(logits[t])[predicted[t]]
+        return edges(f, params, cache, tokens, objective)
 
     def without(block):
         one = lambda s: run(intervene(f, [cut(block, None, s)]), params, cache, tokens)[1]
