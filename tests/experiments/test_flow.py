@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import flow as program
+from experiments.suites.flow import page, server
 from transformer.insight import flow
 from transformer.program.init import init_cache
-from transformer.program.program import program as make
+from transformer.program.program import program
 from transformer.storage.model import load
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +42,9 @@ def served(workdir):
     """A running server: -> (its address, the page)."""
     model = load(workdir)
     tokens = [model.tokenizer.end_of_document, *model.tokenizer.encode("</a>")]
-    f, cache = make(model.config), init_cache(model.config, len(tokens))
-    html = program.page(flow(f, model.params, cache, tokens), model.tokenizer, served=True)
-    with program.server(f, model, cache, tokens, html, port=0) as http:
+    f, cache = program(model.config), init_cache(model.config, len(tokens))
+    html = page(flow(f, model.params, cache, tokens), model.tokenizer, served=True)
+    with server(f, model, cache, tokens, html, port=0) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/", html
         http.shutdown()
