@@ -50,6 +50,8 @@ def functions(config, z_loss=0.0):
     params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
     # Larger than at initialization, so that attention is far from uniform.
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+    if config.dtype == "float64":
+        params = jax.tree.map(lambda x: x.astype(np.float64), params)
     return params, jax.jit(gradient), make_eval_step(config)
 
 
@@ -63,12 +65,13 @@ def test_packed_documents_train_like_separate_rows(random_batch, assert_trees_cl
     separate = random_batch(random, 2)
     inside = np.arange(T) < np.array(lengths)[:, None]
     separate = separate._replace(weights=np.where(inside, separate.weights, 0))
-    params, gradient, _ = functions(config)
-    (value, _), gradients = gradient(params, separate)
-    (packed_value, _), packed_gradients = gradient(params, pack(separate, lengths))
-    # float32: sums in another order, over tens of terms.
-    np.testing.assert_allclose(packed_value, value, rtol=2e-6)
-    assert_trees_close(packed_gradients, gradients, 2e-5)
+    with jax.enable_x64(True):
+        params, gradient, _ = functions(config.replace(dtype="float64"))
+        (value, _), gradients = gradient(params, separate)
+        (packed_value, _), packed_gradients = gradient(params, pack(separate, lengths))
+        # Sums in another order, over tens of terms of which some cancel: roundings of 1e-16 each.
+        np.testing.assert_allclose(packed_value, value, rtol=1e-12)
+        assert_trees_close(packed_gradients, gradients, 1e-11)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
