@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import examples.programs
 from transformer import run
 from transformer.memory.rules import Rule
 from transformer.modes.contract import check_contract
-from transformer.modes.schedule import parallel
 
 FOLDER = pathlib.Path(examples.programs.__file__).parent
 LAWFUL = (
@@ -73,29 +70,6 @@ def test_every_program_is_listed_here_and_in_the_readme():
 
 
 @lawful
-def test_every_schedule_gives_the_same(name):
-    """Cache, logits and gradients, in the parallel mode, in the sequential mode and in chunks."""
-    module = example(name)
-    params, tokens = given_to(module)
-
-    def loss(params, chunk):
-        cache, logits = run(module.program, params, module.empty(CAPACITY), tokens, chunk=chunk)
-        return jnp.sin(logits).mean(), (cache, logits)
-
-    @jax.jit
-    def ways(params):
-        modes = [jax.grad(loss, has_aux=True)(params, chunk) for chunk in (None, 1)]
-        return *modes, loss(params, chunk=4)[1]
-
-    parallel, sequential, chunks = ways(params)
-    gradients, results = parallel
-    assert results[1].shape == (LENGTH, module.VOCAB_SIZE)
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients))
-    assert_close(sequential, parallel)
-    assert_close(chunks, results)
-
-
-@lawful
 def test_a_batch_is_vmap_over_sequences(name):
     """Each sequence has a cache of its own, and is at a position of its own."""
     module = example(name)
@@ -110,28 +84,6 @@ def test_a_batch_is_vmap_over_sequences(name):
     assert_close(actual, jax.tree.map(lambda *x: jnp.stack(x), *[alone(*row) for row in rows]))
 
 
-@lawful
-@settings(max_examples=2)
-@given(cuts=st.sets(st.integers(1, LENGTH - 2), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_documents_packed_in_one_row_do_not_see_each_other(name, cuts, seed):
-    module = example(name)
-    params, tokens = given_to(module, seed)
-    documents = np.split(tokens[:-1], sorted(cuts))
-    positions = np.concatenate([*map(np.arange, map(len, documents)), [-1]])
-    at_once = jax.jit(parallel, static_argnames=("f", "packed"))
-    _, packed = at_once(
-        module.program, params, module.empty(CAPACITY), tokens, positions, packed=True
-    )
-    alone = []
-    for document in documents:  # padded, to compile once
-        padding = LENGTH - len(document)
-        i = np.pad(np.arange(len(document)), (0, padding), constant_values=-1)
-        token = np.pad(document, (0, padding))
-        _, logits = at_once(module.program, params, module.empty(CAPACITY), token, i)
-        alone.append(logits[: len(document)])
-    assert_close(packed[:-1], jnp.concatenate(alone))
-
-
 def contract_of(module):
     params = module.init(jax.random.key(0))
     return check_contract(
@@ -141,6 +93,7 @@ def contract_of(module):
 
 @lawful
 def test_the_contract_holds(name):
+    """Which is that every schedule gives the same, with its gradients, and packed documents too."""
     report = contract_of(example(name))
     assert report.lawful, report
 

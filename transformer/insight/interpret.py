@@ -158,7 +158,7 @@ def _instructs(eqn):
 def _jaxprs(eqn):
     values = [x if isinstance(x, list | tuple) else [x] for x in eqn.params.values()]
     every = [x for group in values for x in group if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
-    return [core.ClosedJaxpr(x, ()) if isinstance(x, core.Jaxpr) else x for x in every]
+    return [x if isinstance(x, core.ClosedJaxpr) else core.ClosedJaxpr(x, ()) for x in every]
 
 
 # Rules: (walk, equation, values of its operands) -> values of its results.

@@ -38,10 +38,10 @@ def by_step(closed: core.ClosedJaxpr, results) -> Callable:
 
 def _replaced(x):
     """A parameter of an equation, or a jaxpr, in which every memory is replaced."""
+    if isinstance(x, core.Jaxpr):  # from JAX 0.11 on a closed one too
+        return x.replace(eqns=list(map(_equation, x.eqns)))
     if isinstance(x, core.ClosedJaxpr):
         return x.replace(jaxpr=_replaced(x.jaxpr))
-    if isinstance(x, core.Jaxpr):
-        return x.replace(eqns=list(map(_equation, x.eqns)))
     if type(x) in (list, tuple):
         return type(x)(map(_replaced, x))
     return x

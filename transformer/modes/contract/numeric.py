@@ -75,6 +75,7 @@ class Laws:
         self.trial, self.once, self.written, self.findings = trial, once, written, findings
         self.where = source.of_function(trial.f)
         self.chunk = max(1, len(trial.i) // 3)
+        self.twice = min(2 * self.chunk, len(trial.i))  # the last one is filled up with padding
 
     def finite(self) -> bool:
         """There are numbers to compare."""
@@ -110,9 +111,9 @@ class Laws:
         _, logits = trial.parallel(garbage)
         if not self._same(law, "parallel mode", why, logits):
             return
-        _, logits = trial.chunks(self.chunk, garbage)
-        expected = trial.chunks(self.chunk)[1]
-        if not self._same(law, f"chunks of {self.chunk}", why, logits, expected):
+        _, logits = trial.chunks(self.twice, garbage)
+        expected = trial.chunks(self.twice)[1]
+        if not self._same(law, f"chunks of {self.twice}", why, logits, expected):
             return
         _, logits = trial.parallel(trial.filled(jnp.nan))
         if not np.array_equal(logits, self.logits):
@@ -163,8 +164,7 @@ class Laws:
     def chunks(self):
         """Any split into chunks gives the same."""
         self._close_way(f"chunks of {self.chunk}", partial(run, self.trial.f, chunk=self.chunk))
-        twice = min(2 * self.chunk, len(self.trial.i))
-        self._close_run(f"chunks of {twice}", *self.trial.chunks(twice))
+        self._close_run(f"chunks of {self.twice}", *self.trial.chunks(self.twice))
 
     def steps(self):
         """The chunk of each memory is the scan of its step."""

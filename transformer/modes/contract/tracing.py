@@ -92,7 +92,7 @@ def jaxprs(eqn) -> list[core.ClosedJaxpr]:
     """The jaxprs within an equation."""
     values = [x if isinstance(x, list | tuple) else [x] for x in eqn.params.values()]
     every = [x for group in values for x in group if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
-    return [core.ClosedJaxpr(x, ()) if isinstance(x, core.Jaxpr) else x for x in every]
+    return [x if isinstance(x, core.ClosedJaxpr) else core.ClosedJaxpr(x, ()) for x in every]
 
 
 def equations(closed: core.ClosedJaxpr) -> Iterator:
