@@ -111,16 +111,18 @@ class RotaryScaling:
     """How rotary frequencies stretch to contexts longer than those of training.
 
     Attributes:
-      kind: "linear" (arXiv:2306.15595), "ntk" (a larger base, by bloc97), "llama3" (Llama 3.1) or
-        "yarn" (arXiv:2309.00071).
+      kind: "linear" (arXiv:2306.15595), "ntk" (a larger base, by bloc97), "llama3" (Llama 3.1),
+        "yarn" (arXiv:2309.00071) or "longrope" (arXiv:2402.13753).
       factor: how many times longer the context becomes.
       original_max_length: the length of training; for llama3 and yarn.
       low_frequency_factor, high_frequency_factor: llama3: wavelengths over original_max_length /
         low are divided by factor, those under original_max_length / high are kept.
       beta_fast, beta_slow: yarn: rotations over the original context, above and below which a
         frequency is kept and divided.
-      attention_factor: yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1.
+      attention_factor: yarn and longrope: multiplies cos and sin; None: 0.1 ln(factor) + 1 in yarn,
+        and 1 in longrope.
       truncate: yarn: whether the pairs between which frequencies change are rounded to whole ones.
+      divisors: longrope: what each frequency is divided by.
     """
 
     kind: str
@@ -132,10 +134,13 @@ class RotaryScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    divisors: tuple[float, ...] | None = None
 
-    KINDS = ("linear", "ntk", "llama3", "yarn")
+    KINDS = ("linear", "ntk", "llama3", "yarn", "longrope")
 
     def __post_init__(self):
+        if isinstance(self.divisors, list):
+            object.__setattr__(self, "divisors", tuple(self.divisors))
         if self.kind not in self.KINDS:
             raise ValueError(
                 f"rotary_scaling.kind={self.kind!r}; choose one of {', '.join(self.KINDS)}."
@@ -157,6 +162,12 @@ class RotaryScaling:
                     f"rotary_scaling.{low}={getattr(self, low)}, {high}={getattr(self, high)}; "
                     "both must be above 0, the first below the second."
                 )
+        given = self.divisors or ()
+        if (self.kind == "longrope") != bool(given) or not all(0 < x < math.inf for x in given):
+            raise ValueError(
+                f"rotary_scaling.divisors={self.divisors}; kind='longrope' needs one for each "
+                "frequency, above 0 and finite, and other kinds have none."
+            )
 
 
 @dataclass(frozen=True)
@@ -329,6 +340,12 @@ class Config:
                 f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size}; it must be even."
             )
         if self.rotary_scaling is not None:
+            divisors = self.rotary_scaling.divisors
+            if divisors is not None and len(divisors) != self.rotary_size // 2:
+                raise ValueError(
+                    f"rotary_scaling.divisors are {len(divisors)} numbers; a head that turns "
+                    f"{self.rotary_size} numbers needs {self.rotary_size // 2}."
+                )
             if self.rotary_scaling.kind == "ntk" and self.rotary_size == 2:
                 raise ValueError(
                     "rotary_scaling.kind='ntk' leaves the first pair of numbers as it is, and here "

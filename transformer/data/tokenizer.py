@@ -1,25 +1,30 @@
-"""Text to token ids and back without loss, by bytes or by a byte-level BPE trained on a corpus.
+"""Text to token ids and back: by bytes, by a byte-level BPE, or by a published tokenizer.
 
-Both kinds are one `tokenizers` model: bytes are a BPE without merges. A token is a string of bytes,
-so every text has ids, and joining the bytes of the ids gives the text back. One special token
-stands outside of the text: it ends a document and begins the next one, whose first token it is.
+All kinds are a `tokenizers` model: bytes are a BPE without merges. In those that are made here a
+token is a string of bytes, so every text has ids, and joining the bytes of the ids gives the text
+back. One special token stands outside of the text: it ends a document and begins the next one,
+whose first token it is.
 """
 
 import codecs
+import functools
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from transformer.files import write_text
+from transformer.data.pieces import BYTE_OF, token_bytes
+from transformer.files import write_json, write_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_settings.json"  # beside it, for published tokenizers
 
 # Where a text may be cut before merging, in the manner of GPT-4's pattern. Two departures suit
 # code: a word may hold digits ("utf8", "x00ff"), and white space with a line break, or after
@@ -34,12 +39,6 @@ PATTERN = "|".join(
     )
 )
 
-# Byte-level tokens are spelled with 256 printable characters: a byte that is printable in Latin-1
-# is itself, and the others take, in order, the characters from U+0100 (GPT-2, Radford et al. 2019).
-_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-_PRINTABLE = [ord(character) for character in _ALPHABET if ord(character) < 256]
-_BYTE_OF = dict(zip(_ALPHABET, _PRINTABLE + sorted(set(range(256)) - set(_PRINTABLE)), strict=True))
-
 _log = logging.getLogger(__name__)
 
 # Texts in one call of the library: it keeps about 100 bytes a token until the call is over.
@@ -47,50 +46,76 @@ _TEXTS_PER_CALL = 64
 
 
 class Tokenizer:
-    """A byte-level tokenizer with one special token, the end of a document.
+    """A tokenizer, with special tokens that stand outside of the text.
 
     Attributes:
         vocab_size: V, the number of ids; ids are 0..V-1.
-        end_of_document: id of the special token. No text encodes to it, not even its own name.
-        byte_lengths: int32 [V], bytes of text each token stands for; 0 for the special token. The
-            sum over `encode(text)` is exactly `len(text.encode())`.
+        end_of_document: id of the special token that ends a text; None: there is none.
+        ends: all ids that end what a model writes, that one first.
+        begin: ids that stand before a text.
+        byte_lengths: int32 [V], bytes of text each token stands for; 0 for special tokens. In
+            tokenizers made here the sum over `encode(text)` is exactly `len(text.encode())`.
+        chat_template: a template of jinja2 that makes a text of messages; None: there is none.
+        names: names that the template may use, as `bos_token`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        """Wraps a byte-level BPE of `tokenizers`.
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        begin: Sequence[int] | None = None,
+        ends: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        names: Mapping[str, str] | None = None,
+    ):
+        """Wraps a tokenizer of `tokenizers`.
+
+        Args:
+            backend: it is changed: the name of a special token in a text is only text.
+            begin, ends: None: the token <|endoftext|>, as in those that are made here.
+            chat_template, names: as above.
 
         Raises:
-            ValueError: the backend lacks the special token, or has tokens that are not byte-level.
+            ValueError: the backend lacks that token, or decodes in a way that is not supported.
         """
-        end = backend.token_to_id(END_OF_DOCUMENT)
-        if end is None:
-            raise ValueError(f"the tokenizer has no token {END_OF_DOCUMENT}, which must end texts.")
-        backend.encode_special_tokens = True  # The name of a special token in a text is only text.
-        self._backend = backend
-        self.vocab_size = backend.get_vocab_size()
-        self.end_of_document = end
-        added = backend.get_added_tokens_decoder()
-        self._token_bytes = [b""] * self.vocab_size
-        for token, id_ in backend.get_vocab(with_added_tokens=False).items():
-            if id_ in added:
-                continue
-            try:
-                self._token_bytes[id_] = bytes(_BYTE_OF[character] for character in token)
-            except KeyError:
+        if begin is None or ends is None:
+            end = backend.token_to_id(END_OF_DOCUMENT)
+            if end is None:
                 raise ValueError(
-                    f"token {id_}, {token!r}, is not spelled in the byte-level alphabet; "
-                    "only byte-level tokenizers are supported."
-                ) from None
+                    f"the tokenizer has no token {END_OF_DOCUMENT}, which must end texts."
+                )
+            begin = [end] if begin is None else begin
+            ends = [end] if ends is None else ends
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._token_bytes = token_bytes(backend)
+        self.vocab_size = len(self._token_bytes)
+        self.begin, self.ends = tuple(begin), tuple(ends)
+        self.end_of_document = self.ends[0] if self.ends else None
+        self.chat_template, self.names = chat_template, dict(names or {})
         self.byte_lengths = np.array([len(token) for token in self._token_bytes], np.int32)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without a special token.
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text, nothing put before or behind it.
+
+        Args:
+            text: any text.
+            special: whether the name of a special token stands for that token. By default it is
+                text like any other.
 
         Raises:
             ValueError: the text has no UTF-8 form (it holds half of a surrogate pair).
         """
         require_utf8(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        backend = self._with_special if special else self._backend
+        return backend.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _with_special(self):
+        """The backend that knows special tokens by their names: another one, as it is a setting."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as int32 [T], as `encode` gives them, on all cores."""
@@ -115,14 +140,33 @@ class Tokenizer:
         return self._token_bytes[token]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids. Bytes that are not UTF-8 become U+FFFD; special tokens vanish."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        """The text of some ids. Bytes that are not UTF-8 become U+FFFD; special tokens vanish.
+
+        Raises:
+            ValueError: an id is outside of 0..V-1.
+        """
+        ids = list(ids)
+        for token in ids:
+            self.token_bytes(token)
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """The contents of `tokenizer.json`, as the library `tokenizers` reads it."""
+        return self._backend.to_str()
+
+    def token(self, token: int) -> str | None:
+        """How the library spells a token; None: there is no such id."""
+        return self._backend.id_to_token(token)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes `tokenizer.json`, which the library `tokenizers` reads too, in one atomic step."""
+        """Writes `tokenizer.json` and, for a published tokenizer, settings, each in one step."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / FILE_NAME, self._backend.to_str())
+        write_text(directory / FILE_NAME, self.to_json())
+        end = self._backend.token_to_id(END_OF_DOCUMENT)
+        if (self.begin, self.ends, self.chat_template) != ((end,), (end,), None):
+            names = ("begin", "ends", "chat_template", "names")
+            write_json(directory / SETTINGS_FILE, {name: getattr(self, name) for name in names})
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Tokenizer":
@@ -130,22 +174,38 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: the directory holds no `tokenizer.json`.
-            ValueError: the file is not a byte-level tokenizer with an end of document.
+            ValueError: a file is damaged, or the tokenizer is of a kind that is not supported.
         """
-        path = Path(directory) / FILE_NAME
-        content = path.read_bytes()
+        directory = Path(directory)
+        backend = read_backend(directory / FILE_NAME)
+        path = directory / SETTINGS_FILE
+        if not path.exists():
+            return cls(backend)
         try:
-            text = content.decode()
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # The library raises nothing narrower.
-            raise ValueError(f"{path} is not a tokenizer file: {error}") from error
-        return cls(backend)
+            return cls(backend, **json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not describe a tokenizer: {error}") from error
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """Reads a file of the library `tokenizers`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    content = path.read_bytes()
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # The library raises nothing narrower.
+        raise ValueError(f"{path} is not a tokenizer file: {error}") from error
 
 
 class IncrementalDecoder:
     """Decodes ids that come one by one; a character appears once all its bytes are there.
 
-    The pieces joined are what `Tokenizer.decode` makes of all the ids.
+    The pieces joined are what `Tokenizer.decode` makes of all the ids, as in the middle of a text:
+    some published tokenizers drop a space at the beginning of one.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -163,8 +223,9 @@ class IncrementalDecoder:
 
 def byte_tokenizer() -> Tokenizer:
     """The tokenizer whose ids 0..255 are the bytes themselves, and 256 the special token."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(_BYTE_OF), merges=[]))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(BYTE_OF), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_DOCUMENT])
     return Tokenizer(backend)
 
@@ -192,9 +253,10 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=_ALPHABET, show_progress=False
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(BYTE_OF), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_DOCUMENT])
     return Tokenizer(backend)
 
@@ -207,7 +269,7 @@ def cached_bpe(
     Each tokenizer has its own folder under `cache_directory`, named by its size and a hash of the
     pattern and the texts. Where the folder cannot be written, a warning is logged.
     """
-    digest = hashlib.sha256(PATTERN.encode())
+    digest = hashlib.sha256(PATTERN.encode() + b"decoded")  # files without a decoder came before
     for text in texts:
         content = text.encode()
         digest.update(len(content).to_bytes(8, "big") + content)

@@ -45,7 +45,7 @@ class Writer:
     """Makes a completion of tokens that come one by one; `completion` is None until it is whole.
 
     Args:
-      tokenizer: decodes the tokens.
+      tokenizer: decodes the tokens; None: the text stays empty.
       stop_texts: none is empty; the first to appear in the text stops it.
       stop_tokens: each stops the completion, and is not decoded.
       max_new_tokens: at least 1; the completion stops with this many.
@@ -53,13 +53,13 @@ class Writer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         stop_texts: Sequence[str],
         stop_tokens: Set[int],
         max_new_tokens: int,
     ):
         self.completion: Completion | None = None
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else _NoText()
         self._stop_texts, self._stop_tokens = stop_texts, stop_tokens
         self._max_new_tokens = max_new_tokens
         self._text, self._tokens, self._logprobs = "", [], []
@@ -98,6 +98,16 @@ class Writer:
     def _finish(self, text, reason):
         self.completion = Completion(self._text + text, self._tokens, self._logprobs, reason)
         return text
+
+
+class _NoText:
+    """The decoder of a model that has no tokenizer."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 def _overlap(text: str, stops) -> int:

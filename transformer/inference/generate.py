@@ -99,7 +99,8 @@ def capacity_for(num_tokens: int) -> int:
 def _stream(f, model, rows, stops, options, every):
     stop_texts, stop_tokens = stops
     max_new_tokens = options.max_new_tokens
-    sampling = options.sampling(model.tokenizer.vocab_size)
+    tokenizer = model.tokenizer
+    sampling = options.sampling(tokenizer.vocab_size if tokenizer else None)
     keys = prompt_keys(rows, options.seed)
     params = model.params
     if model.config.compute_dtype != jnp.float32:

@@ -12,7 +12,7 @@ from transformer.data.tokenizer import Tokenizer, require_utf8
 
 def prompt_tokens(
     config: Config,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
 ) -> list[np.ndarray]:
@@ -20,7 +20,7 @@ def prompt_tokens(
 
     Args:
       config: its vocab_size bounds the ids, its max_length a prompt with its new tokens.
-      tokenizer: encodes the texts; its end of a document comes before each.
+      tokenizer: encodes the texts, each behind the ids that begin a text; None: there are none.
       prompts: each is a text or token ids [T], neither empty.
       max_new_tokens: how many tokens may follow a prompt.
 
@@ -36,13 +36,13 @@ def prompt_tokens(
     rows = []
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)] if prompt else []
+            tokens = _encoded(tokenizer, prompt, f"prompt {index}") if prompt else []
         else:
             tokens = prompt
         if hasattr(tokens, "__len__") and not len(tokens):
             raise ValueError(
-                f"prompt {index} is empty; for text out of nothing, give the ids "
-                f"[tokenizer.end_of_document], which is [{tokenizer.end_of_document}]."
+                f"prompt {index} is empty; for text out of nothing, give the ids that begin one, "
+                "as in tokenizer.begin."
             )
         tokens = np.asarray(token_ids(tokens, config.vocab_size, f"prompt {index}"))
         if len(tokens) + max_new_tokens > config.max_length:
@@ -53,6 +53,13 @@ def prompt_tokens(
             )
         rows.append(tokens.astype(np.int32))
     return rows
+
+
+def _encoded(tokenizer, text, what):
+    """The ids of a text, with those that begin one."""
+    if tokenizer is None:
+        raise ValueError(f"{what} is a text, and the model has no tokenizer; give token ids.")
+    return [*tokenizer.begin, *tokenizer.encode(text)]
 
 
 def prompt_keys(prompts: Sequence[np.ndarray], seed: int) -> np.ndarray:
@@ -73,17 +80,17 @@ def prompt_keys(prompts: Sequence[np.ndarray], seed: int) -> np.ndarray:
 
 
 def stop_conditions(
-    config: Config, tokenizer: Tokenizer, stop: str | int | Sequence[str | int]
+    config: Config, tokenizer: Tokenizer | None, stop: str | int | Sequence[str | int]
 ) -> tuple[list[str], set[int]]:
     """Checks what stops a completion.
 
     Args:
       config: its vocab_size bounds the ids.
-      tokenizer: its end of a document always stops a completion.
+      tokenizer: what ends a text always stops a completion.
       stop: a text or a token id, or any number of them.
 
     Returns:
-      The texts; the token ids, with the end of a document.
+      The texts; the token ids, with those that end a text.
 
     Raises:
       ValueError: an empty text, or an id outside of the vocabulary.
@@ -101,4 +108,6 @@ def stop_conditions(
     tokens = [x for x in stop if not isinstance(x, str)]
     if tokens:
         tokens = np.asarray(token_ids(tokens, config.vocab_size, "stop")).tolist()
-    return texts, {tokenizer.end_of_document, *tokens}
+    if texts and tokenizer is None:
+        raise ValueError("stop holds a text, and the model has no tokenizer; give token ids.")
+    return texts, {*(tokenizer.ends if tokenizer else ()), *tokens}

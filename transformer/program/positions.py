@@ -47,6 +47,9 @@ def rotary_frequencies(config, size):
         pass
     elif scaling.kind == "linear":
         frequencies /= scaling.factor
+    elif scaling.kind == "longrope":
+        frequencies /= np.asarray(scaling.divisors)
+        magnitude = scaling.attention_factor or 1.0
     elif scaling.kind == "llama3":
         rotations = scaling.original_max_length * frequencies / (2 * math.pi)
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor

@@ -2,25 +2,33 @@
 
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from transformer.config import Config
+from transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from transformer.data.tokenizer import Tokenizer
 from transformer.files import write_json
 from transformer.program.init import init_params
 from transformer.program.params import Params
+from transformer.storage.arrays import flat
 from transformer.storage.checkpoint import CheckpointError, Checkpoints, LayoutError
+from transformer.storage.formats import hub, huggingface, tokenizer_files
+from transformer.storage.meaning import differences, meaning
 
 CONFIG_FILE = "config.json"
+FORMATS = ("unison", "huggingface")
+DTYPES = ("float32", "bfloat16")
 
-# Fields of `Config` that change how the function is computed, but neither what it is nor its
-# parameters.
-_COMPUTATION = {"remat", "dtype"}
+# Where the parameter of a name is placed: on a device, or split over several.
+Sharding = Callable[[str], jax.sharding.Sharding]
 
 
 @dataclass(frozen=True)
@@ -30,55 +38,119 @@ class Model:
     Attributes:
       config: the architecture.
       params: the parameters.
-      tokenizer: from text to tokens, and back.
+      tokenizer: from text to tokens, and back; None: the model takes and gives token ids only.
     """
 
     config: Config
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
 
-def save(model: Model, path: str | os.PathLike) -> None:
+def save(model: Model, path: str | os.PathLike, *, format: str = "unison") -> None:
     """Saves a model as a new directory, which `load` reads.
+
+    Args:
+      model: the model.
+      path: a directory that is empty, or not there.
+      format: "unison", or "huggingface": config.json, safetensors and tokenizer.json, as
+        transformers reads them too.
 
     Raises:
       FileExistsError: something is there already.
+      ValueError: there is no such format, or transformers has no such architecture; says what it
+        lacks.
       OSError, transformer.storage.checkpoint.CheckpointError: it cannot be written; the directory
         is as it was before.
     """
-    path = Path(path)
-    made = not path.exists()
-    if not made and (not path.is_dir() or any(path.iterdir())):
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} does not exist; choose one of {', '.join(FORMATS)}.")
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write = _write_published if format == "huggingface" else _write_own
     try:
-        with Checkpoints(path) as checkpoints:
-            checkpoints.save(0, {"params": model.params}, {})
-        write_description(path, model.config, model.tokenizer)
-    except (OSError, CheckpointError):  # nothing is left in the way of the next try
-        shutil.rmtree(path, ignore_errors=True)
-        if not made:
-            path.mkdir()
-        raise
+        unfinished.mkdir(parents=True)
+        write(model, unfinished)
+        os.replace(unfinished, path)  # over an empty directory too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load(path: str | os.PathLike) -> Model:
-    """Reads a model that `save` wrote, or that of a training run from its work directory.
+def _write_own(model, path):
+    with Checkpoints(path) as checkpoints:
+        checkpoints.save(0, {"params": model.params}, {})
+    write_description(path, model.config, model.tokenizer)
+
+
+def _write_published(model, path):
+    extra = {}
+    if model.tokenizer is not None:
+        extra = tokenizer_files.write(path, model.tokenizer, model.config.max_length)
+    huggingface.write_directory(path, model.config, model.params, extra)
+
+
+def load(
+    path: str | os.PathLike, *, dtype: str | None = None, sharding: Sharding | None = None
+) -> Model:
+    """Reads a model: a published one, one that `save` wrote, or that of a training run.
+
+    Args:
+      path: a directory with a config.json and safetensors, as transformers writes them; or
+        "hf://owner/name", one of the Hugging Face Hub, which is downloaded once and kept in its
+        cache; or a directory that `save` wrote; or the work directory of a training run.
+      dtype: "float32" or "bfloat16", the type of matrices and of activations; None: as saved, where
+        float16 becomes float32.
+      sharding: sharding(name) is where the parameter of a name, as "layers.0.mixer.query.weight",
+        is placed; None: on the first device.
 
     Of the checkpoints of a run it reads the one with the lowest validation loss, or the newest
     where none has been validated. Where that one is damaged, a warning says so, and it reads the
     next best. Where the run keeps a moving average of the parameters, it reads that.
 
+    A published directory without a tokenizer.json gives a model with `tokenizer=None`.
+
     Raises:
-      FileNotFoundError: the directory is neither of the two.
-      ValueError: its description does not describe a model.
+      FileNotFoundError: there is no model.
+      ConnectionError: the Hub cannot be reached, and the model is not in its cache.
+      ValueError: its description does not describe a model; or the architecture of a published
+        model, or an option of it, is not supported; or its files are damaged.
       transformer.storage.checkpoint.CheckpointError: no checkpoint in it can be read, or another
         version wrote it, which laid the parameters out otherwise.
     """
+    dtype = None if dtype is None else jnp.dtype(dtype).name
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}, or None.")
+    if hub.is_address(path):
+        path = hub.download(os.fspath(path))
+    path = Path(path)
+    if huggingface.is_published(path):
+        config, params, values = huggingface.read_directory(path, dtype, sharding)
+        return Model(config, params, tokenizer_files.read(path, values))
+    model = _load_own(path, sharding)
+    return model if dtype is None else _cast(model, dtype)
+
+
+def _cast(model, dtype):
+    """Matrices in another type, as they come from a published directory."""
+    cast = lambda x: x.astype(dtype) if x.ndim > 1 else x
+    config = model.config.replace(dtype=dtype)
+    return Model(config, jax.tree.map(cast, model.params), model.tokenizer)
+
+
+def _load_own(path, sharding):
     config = read_config(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
+    placed = sharding or (lambda _: here)
+    target = jax.tree.unflatten(
+        jax.tree.structure(params),
+        [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(name))
+            for name, x in flat(params).items()
+        ],
+    )
     averaged_first = lambda names: {"ema" if "ema" in names else "params": target}
     checkpoints = Checkpoints(path, read_only=True)
     try:
@@ -92,9 +164,12 @@ def load(path: str | os.PathLike) -> Model:
     return Model(config, *items.values(), tokenizer)
 
 
-def write_description(directory: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> None:
+def write_description(
+    directory: str | os.PathLike, config: Config, tokenizer: Tokenizer | None
+) -> None:
     """Writes what describes a model besides its parameters, each file in one atomic step."""
-    tokenizer.save(directory)
+    if tokenizer is not None:
+        tokenizer.save(directory)
     write_json(Path(directory) / CONFIG_FILE, config.to_dict())
 
 
@@ -122,25 +197,9 @@ def require_same_architecture(directory: str | os.PathLike, config: Config) -> N
     Raises:
       ValueError: names the fields that differ.
     """
-    there, here = (_meaning(each) for each in (read_config(directory), config))
-    differing = [
-        f"{name} is {there[name]} there and {here[name]} here"
-        for name in here
-        if there[name] != here[name]
-    ]
+    differing = differences(meaning(read_config(directory)), meaning(config))
     if differing:
         raise ValueError(
             f"{directory} holds a model of another architecture: {'; '.join(differing)}. "
             "Use another work directory, or the config that this one was begun with."
         )
-
-
-def _meaning(config):
-    """The fields that say what a model is; a size that follows from others is that size."""
-    sizes = {
-        "num_kv_heads": config.shape.K,
-        "head_size": config.shape.H,
-        "feed_forward_width": config.shape.F,
-    }
-    fields = config.to_dict() | sizes
-    return {name: value for name, value in fields.items() if name not in _COMPUTATION}

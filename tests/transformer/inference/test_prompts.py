@@ -26,7 +26,7 @@ def test_texts_begin_a_document_and_ids_are_taken_as_they_are():
         ("text", TypeError, "list of prompts"),
         (3, TypeError, "list of prompts"),
         ([], ValueError, "at least one prompt"),
-        ([""], ValueError, "prompt 0 is empty.*end_of_document"),
+        ([""], ValueError, r"prompt 0 is empty.*tokenizer\.begin"),
         (["a", []], ValueError, "prompt 1 is empty"),
         ([[1, 300]], ValueError, "prompt 0: token id 300 at 1 is outside"),
         ([[-1]], ValueError, "token id -1"),

@@ -1,0 +1,155 @@
+"""Parameters from published tensors and back, one tensor after the other."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from transformer.config import Config
+from transformer.program.params import Params
+from transformer.storage.arrays import flat
+from transformer.storage.formats.family import Family
+from transformer.storage.formats.tables import Entry, abstract_params, entries
+
+NUMBERS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+_SHOWN = 3  # names in a message
+
+
+class Tensor(Protocol):
+    """A published tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """Its numbers."""
+
+
+def read_params(
+    family: Family,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    dtype: np.dtype,
+    sharding: Callable[[str], jax.sharding.Sharding],
+) -> Params:
+    """Reads parameters, tensor by tensor: no two are in memory in both forms at a time.
+
+    Args:
+      family: says which tensors hold which parameters.
+      config: the architecture.
+      tensors: by their published names.
+      dtype: of matrices. Vectors, which are few numbers, are float32.
+      sharding: where the parameter of a name is placed.
+
+    Raises:
+      ValueError: tensors are missing, left over, of a wrong shape or of a wrong type; names them.
+    """
+    abstract = abstract_params(config)
+    shapes, made = flat(abstract), {}
+    published = {}
+    find = _finder(family, tensors)
+    table = list(entries(family.table(config), config))
+    for entry in table:
+        published |= {find(name): name for name in entry.published}
+    _require_names(family, config, tensors, published)
+    for entry in table:
+        for name, x in zip(
+            entry.ours, _read(entry, config, tensors, find, dtype, shapes), strict=True
+        ):
+            made[name] = jax.device_put(x, sharding(name))
+    return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in shapes])
+
+
+def _finder(family, tensors):
+    """From a name in the table to that in the file, which may lack the prefix."""
+    bare = not any(name.startswith(family.prefix) for name in tensors)
+    return lambda name: name.removeprefix(family.prefix) if bare else name
+
+
+def _require_names(family, config, tensors, published):
+    missing = [name for name in published if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} tensors are missing that {family.architecture} has with this config: "
+            f"{_some(missing)}."
+        )
+    surplus = [name for name in tensors if name not in published]
+    surplus = [x for x in surplus if not any(re.fullmatch(p, x) for p in family.ignored)]
+    if surplus == ["lm_head.weight"] and config.tie_embeddings:
+        surplus = _unless_tied(tensors, published)
+    if surplus:
+        raise ValueError(
+            f"{len(surplus)} tensors are left over that {family.architecture} does not have with "
+            f"this config: {_some(surplus)}. What they do is not known, so nothing is loaded."
+        )
+
+
+def _unless_tied(tensors, published):
+    """The output's name, if it is not the embedding once more."""
+    [embedding] = [
+        name
+        for name in published
+        if published[name].endswith(("embed_tokens.weight", "wte.weight"))
+    ]
+    one, other = tensors[embedding], tensors["lm_head.weight"]
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return [] if same and _equal(one.read(), other.read()) else ["lm_head.weight"]
+
+
+def _equal(x, y, rows=1024):
+    return all(
+        x[n : n + rows].tobytes() == y[n : n + rows].tobytes() for n in range(0, len(x), rows)
+    )
+
+
+def _some(names):
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _read(entry: Entry, config, tensors, find, dtype, shapes):
+    """The parameters of an entry, their shapes checked."""
+    arrays = [_numbers(find(name), tensors[find(name)], dtype) for name in entry.published]
+    try:
+        made = entry.layout.read(config, arrays)
+    except (ValueError, IndexError):  # arrays that cannot be cut or joined as the layout says
+        made = []
+    if [x.shape for x in made] != [shapes[name].shape for name in entry.ours]:
+        zeros = [np.zeros(shapes[name].shape, np.float32) for name in entry.ours]
+        wanted = entry.layout.write(config, zeros)
+        wrong = [
+            f"{name} has the shape {list(x.shape)}, and {list(y.shape)} is wanted"
+            for name, x, y in zip(entry.published, arrays, wanted, strict=True)
+            if x.shape != y.shape
+        ]
+        raise ValueError(f"tensor {'; '.join(wrong)}: the config is that of another model.")
+    return made
+
+
+def _numbers(name, tensor, dtype):
+    if tensor.dtype not in NUMBERS:
+        raise ValueError(
+            f"tensor {name} is of type {tensor.dtype}; parameters must be float32, bfloat16, "
+            "float16 or float64."
+        )
+    return tensor.read().astype(dtype if len(tensor.shape) > 1 else np.float32)
+
+
+def written(
+    family: Family, config: Config, params: Params, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The published tensors of some parameters, with their names, one after the other."""
+    leaves = flat(params)
+    for entry in entries(family.table(config), config):
+        arrays = [_host(leaves[name]) for name in entry.ours]
+        for name, x in zip(entry.published, entry.layout.write(config, arrays), strict=True):
+            yield name, x.astype(dtype)
+
+
+def _host(x):
+    """An array in memory; vectors in float32, so that nothing is lost before they are cast."""
+    x = np.asarray(x)
+    return x.astype(np.float32) if x.ndim == 1 else x

@@ -1,0 +1,100 @@
+"""Tables of tensor names: which published tensors hold which parameters of a config."""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import jax
+
+from transformer.config import Config
+from transformer.program.init import init_params
+from transformer.program.params import Params
+from transformer.storage.arrays import flat
+from transformer.storage.formats.layouts import SAME, TRANSPOSED, Layout
+
+# From our names to published ones. A name may have {n}, the number of a layer, and published ones
+# {x}, that of an expert. A tuple of our names, or of theirs, is a group that a layout takes as one.
+Names = str | tuple[str, ...]
+Table = Mapping[Names, "str | Named"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Published names, and the layout of their arrays."""
+
+    names: Names
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Some parameters and the published tensors that hold them."""
+
+    ours: tuple[str, ...]
+    published: tuple[str, ...]
+    layout: Layout
+
+
+class Unnamed(Exception):
+    """A table has no place for a parameter."""
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_params(config: Config) -> Params:
+    """The shapes of a config's parameters."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def entries(table: Table, config: Config) -> Iterable[Entry]:
+    """The table, written out for all parameters of a config.
+
+    Raises:
+      Unnamed: the table has no place for one of them; names it.
+    """
+    rules = {}
+    for ours, published in table.items():
+        ours = _tuple(ours)
+        for name in ours:
+            rules[name] = (ours, published)
+    done = set()
+    for name in flat(abstract_params(config)):
+        if name in done:
+            continue
+        layer = re.match(r"layers\.(\d+)\.", name)
+        n = layer[1] if layer else ""
+        pattern = re.sub(r"^layers\.\d+\.", "layers.{n}.", name)
+        if pattern not in rules:
+            raise Unnamed(name)
+        ours, published = rules[pattern]
+        if not isinstance(published, Named):
+            is_matrix = pattern.endswith(".weight")
+            published = Named(published, TRANSPOSED if is_matrix else SAME)
+        names = [
+            theirs.replace("{n}", n).replace("{x}", str(x))
+            for theirs in _tuple(published.names)
+            for x in (range(config.num_experts) if "{x}" in theirs else [0])
+        ]
+        ours = tuple(each.replace("{n}", n) for each in ours)
+        done |= set(ours)
+        yield Entry(ours, tuple(names), published.layout)
+
+
+def _tuple(names):
+    return (names,) if isinstance(names, str) else names
+
+
+def biased(table: Mapping[str, str]) -> dict[str, str]:
+    """A table of Linears and Norms by their paths: that of their arrays.
+
+    A path that ends in `norm` has a scale and, published, a `weight`; both have a bias.
+    """
+    arrays = itertools.chain.from_iterable(
+        (
+            (f"{ours}.{'scale' if ours.endswith('norm') else 'weight'}", f"{theirs}.weight"),
+            (f"{ours}.bias", f"{theirs}.bias"),
+        )
+        for ours, theirs in table.items()
+    )
+    return dict(arrays)
