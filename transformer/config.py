@@ -22,7 +22,7 @@ CHOICES = {
         *("gelu", "gelu_exact", "relu", "silu"),
         *("swiglu", "geglu", "geglu_exact", "reglu", "swiglu_clipped"),
     ),
-    "expert_gates": ("chosen", "all"),
+    "expert_gates": ("chosen", "all", "sigmoid"),
     "biases": ("none", "qkv", "attention", "all"),
     "remat": ("none", "segments", "dots"),
     "dtype": ("float32", "bfloat16", "float64"),
@@ -206,13 +206,22 @@ class Config:
         repeats over the layers, as (512, 512, None).
       attention_scale: the factor on q.k; None: 1 / sqrt(H).
       attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) on scores and logits; None: off.
+      attention_gate: whether what attention reads is multiplied by a sigmoid of x (Qwen3-Next).
       attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
       parallel_residual: whether attention and feed-forward read the same input (GPT-J).
       tie_embeddings: whether the output matrix is the embedding.
       embedding_scale: the factor on token embeddings (Gemma: sqrt(E)).
       num_experts, experts_per_token: a mixture of experts where num_experts > 0.
+      expert_width: F of an expert; None: feed_forward_width.
       expert_gates: the gates of the chosen experts are a softmax over them (chosen, as in Mixtral),
-        or what a softmax over all experts gives them (all, as in OLMoE).
+        or what a softmax over all experts gives them (all, as in OLMoE), or the share of each in
+        the sum of their sigmoids, where a bias takes part in the choice (sigmoid, DeepSeek-V3).
+      expert_scale: the factor on gates.
+      expert_groups: (groups, chosen groups): experts are in groups, and only those of the best
+        groups are chosen (DeepSeek-V2, arXiv:2405.04434, section 2.1.2); None: all.
+      shared_expert_width: F of an expert that all tokens run through; 0: there is none.
+      shared_expert_gate: whether that one has a gate (Qwen3-Next).
+      num_dense_layers: so many layers at the start have no experts, but a network of their own.
       scan_layers: whether the layers run as one compiled loop; compile time is then flat in
         num_layers.
       remat: "none"; "segments" saves what the instructions take and give, and computes the rest
@@ -252,20 +261,27 @@ class Config:
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+    attention_gate: bool = False
     attention_sinks: bool = False
     parallel_residual: bool = False
     tie_embeddings: bool = True
     embedding_scale: float = 1.0
     num_experts: int = 0
     experts_per_token: int = 2
+    expert_width: int | None = None
     expert_gates: str = "chosen"
+    expert_scale: float = 1.0
+    expert_groups: tuple[int, ...] | None = None
+    shared_expert_width: int = 0
+    shared_expert_gate: bool = False
+    num_dense_layers: int = 0
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self):
         read = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("window", "layer_kinds"):
+        for name in ("window", "layer_kinds", "expert_groups"):
             if isinstance(getattr(self, name), list):
                 read(name, tuple(getattr(self, name)))
         for name, kind in (
@@ -296,17 +312,20 @@ class Config:
     def _check_sizes(self):
         for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads"):
             self._require_size(name)
-        for name in ("num_kv_heads", "head_size", "feed_forward_width"):
+        for name in ("num_kv_heads", "head_size", "feed_forward_width", "expert_width"):
             if getattr(self, name) is not None:
                 self._require_size(name)
-        for name in ("num_experts", "num_shared_kv_layers"):
+        for name in (
+            *("num_experts", "num_shared_kv_layers"),
+            *("shared_expert_width", "num_dense_layers"),
+        ):
             self._require_size(name, least=0)
         if self.head_size is None and self.width % self.num_heads:
             raise ValueError(
                 f"width={self.width} must be a multiple of num_heads={self.num_heads}, unless "
                 "head_size is given; change one of them."
             )
-        for name in ("rotary_base", "norm_epsilon", "embedding_scale"):
+        for name in ("rotary_base", "norm_epsilon", "embedding_scale", "expert_scale"):
             self._require_positive(name)
         for name in (
             "rotary_window_base",
@@ -325,6 +344,26 @@ class Config:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token}; with num_experts={self.num_experts} "
                 f"it must be between 1 and {self.num_experts}."
+            )
+        if self.num_experts and self.expert_groups is not None:
+            self._check_groups()
+        if self.num_dense_layers and self.scan_layers:
+            raise ValueError(
+                "num_dense_layers makes the first layers unlike the others; set scan_layers=False."
+            )
+
+    def _check_groups(self):
+        groups = self.expert_groups
+        fits = len(groups) == 2 and 1 <= groups[1] <= groups[0]
+        if not fits or self.num_experts % groups[0]:
+            raise ValueError(
+                f"expert_groups={groups}; it must be the number of groups, which divides "
+                f"num_experts={self.num_experts}, and how many of them are chosen."
+            )
+        if self.experts_per_token > self.num_experts // groups[0] * groups[1]:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than {groups[1]} of "
+                f"{groups[0]} groups hold."
             )
 
     def _check_positions(self):
@@ -374,10 +413,11 @@ class Config:
                 raise ValueError(
                     "layers of the kind 'latent' need their sizes: latent=Latent(rank=...)."
                 )
-            if self.positions not in ("rotary", "none") or self.attention_sinks or self.qk_norm:
+            others = self.attention_sinks or self.attention_gate or self.qk_norm
+            if self.positions not in ("rotary", "none") or others:
                 raise ValueError(
                     "layers of the kind 'latent' go with positions 'rotary' or 'none', without "
-                    "attention_sinks and qk_norm."
+                    "attention_sinks, attention_gate and qk_norm."
                 )
         if "delta" in kinds and self.delta_sizes.num_value_heads % self.delta_sizes.num_key_heads:
             raise ValueError(

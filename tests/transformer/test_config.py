@@ -59,7 +59,7 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
         ({"layer_kinds": ()}, r"layer_kinds=\(\); .* a pattern has at least one"),
         ({"layer_kinds": "latent"}, r"need their sizes: latent=Latent\(rank=...\)"),
         (LATENT | {"positions": "alibi"}, "go with positions 'rotary' or 'none'"),
-        (LATENT | {"qk_norm": True}, "without attention_sinks and qk_norm"),
+        (LATENT | {"qk_norm": True}, "without attention_sinks, attention_gate and qk_norm"),
         (LATENT | {"window": 8}, "see all positions; give them no window"),
         (
             {"layer_kinds": "delta", "delta": {"num_key_heads": 3, "num_value_heads": 4}},

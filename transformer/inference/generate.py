@@ -96,30 +96,39 @@ def capacity_for(num_tokens: int) -> int:
     return max(MIN_CAPACITY, capacity * 3 // 4 if num_tokens <= capacity * 3 // 4 else capacity)
 
 
+def stop_ids(tokens) -> np.ndarray:
+    """Token ids as compiled code takes them: int32 [M], of few different sizes, filled with -1."""
+    ids = np.full(_power_of_two(len(tokens), MIN_STOP_TOKENS), -1, np.int32)
+    ids[: len(tokens)] = sorted(tokens)
+    return ids
+
+
+def cast_params(config, params: Params) -> Params:
+    """Parameters in the type in which the program uses them, so that no step casts them again."""
+    return params if config.compute_dtype == jnp.float32 else _cast(config, params)
+
+
 def _stream(f, model, rows, stops, options, every):
     stop_texts, stop_tokens = stops
     max_new_tokens = options.max_new_tokens
     tokenizer = model.tokenizer
     sampling = options.sampling(tokenizer.vocab_size if tokenizer else None)
     keys = prompt_keys(rows, options.seed)
-    params = model.params
-    if model.config.compute_dtype != jnp.float32:
-        params = _cast(model.config, params)
+    params = cast_params(model.config, model.params)
     capacity = capacity_for(max(map(len, rows)) + max_new_tokens)
     tokens = np.stack([np.pad(row, (0, capacity - len(row))) for row in rows])
     last = np.array([len(row) - 1 for row in rows], np.int32)
     num_chunks = np.int32(-(-last.max() // PREFILL_CHUNK))
     cache = _prefill(model.config, f, params, tokens, last, num_chunks)
-    state = _State(cache, tokens[np.arange(len(rows)), last], last, keys)
-    stop_ids = np.full(_power_of_two(len(stop_tokens), MIN_STOP_TOKENS), -1, np.int32)
-    stop_ids[: len(stop_tokens)] = sorted(stop_tokens)
+    state = State(cache, tokens[np.arange(len(rows)), last], last, keys)
+    stops = stop_ids(stop_tokens)
 
     writers = [Writer(model.tokenizer, stop_texts, stop_tokens, max_new_tokens) for _ in rows]
     running = np.ones(len(rows), bool)
     left = max_new_tokens
     while running.any():
         steps = np.int32(min(every, left))
-        state, *drawn = _decode(f, params, state, running, sampling, stop_ids, steps)
+        state, *drawn = decode(f, params, state, running, sampling, stops, steps)
         for token, logprob in zip(*(np.asarray(x)[:steps] for x in drawn), strict=True):
             for index in np.flatnonzero(running).tolist():
                 text = writers[index].push(int(token[index]), float(logprob[index]))
@@ -131,7 +140,7 @@ def _stream(f, model, rows, stops, options, every):
 
 
 @struct.dataclass
-class _State:
+class State:
     """A sequence while it is generated.
 
     cache: what the positions before i have written. token: int32, the token at position i, not run
@@ -146,7 +155,6 @@ class _State:
 
 @partial(jax.jit, static_argnames="config")
 def _cast(config, params: Params) -> Params:
-    """Parameters in the dtype in which the program uses them, so that no step casts them again."""
     cast = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
     matrices = (Linear, Experts)
     is_matrix = lambda x: isinstance(x, matrices)
@@ -177,7 +185,7 @@ def _prefill(config, f, params, tokens, lengths, num_chunks):
 
 
 @partial(jax.jit, static_argnames="f", donate_argnames="state")
-def _decode(f, params, state, running, sampling, stop_ids, steps):
+def decode(f, params, state, running, sampling, stop_ids, steps):
     """Draws up to `steps` tokens of each running row.
 
     Args:
@@ -196,7 +204,7 @@ def _decode(f, params, state, running, sampling, stop_ids, steps):
         cache, logits = f(params, state.cache, state.token, jnp.where(running, state.i, -1))
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         token, logprob = sample(jax.random.fold_in(key, state.i), logits, sampling)
-        return _State(cache, token, state.i + 1, state.key), logprob
+        return State(cache, token, state.i + 1, state.key), logprob
 
     def unfinished(carry):
         n, _, running, _, _ = carry

@@ -13,7 +13,7 @@ from transformer.program.spec import LayerSpec
 
 @struct.dataclass
 class Attention:
-    """query [E, N*H]; key, value [E, K*H]; output [N*H, E]; sinks [N].
+    """query [E, N*H]; key, value [E, K*H]; output [N*H, E]; gate [E, N*H]; sinks [N].
 
     q_norm and k_norm are [H], or, where they act on all heads at once, [N*H] and [K*H].
 
@@ -28,15 +28,18 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: jax.Array | None = None
+    gate: Linear | None = None
 
 
 def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
     """Where tokens reach each other: x [E] -> (turn, z [N, H]); params are those of the layer."""
     sinks = params.mixer.sinks
     if spec.reads is not None:
-        return turn, turn.read(spec.reads, memory(spec), query(spec, params, x, turn.i), sinks)
-    q, k, v = project(spec, params, x, turn.i)
-    return turn.write_read(memory(spec), (k, v), q, sinks)
+        z = turn.read(spec.reads, memory(spec), query(spec, params, x, turn.i), sinks)
+    else:
+        q, k, v = project(spec, params, x, turn.i)
+        turn, z = turn.write_read(memory(spec), (k, v), q, sinks)
+    return turn, z if params.mixer.gate is None else gated(spec, params, x, z)
 
 
 @segment
@@ -59,6 +62,13 @@ def query(spec, params, x, i):
     x = norm(spec, params.mixer_norm, x)
     q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
     return rotate(spec, q, i) if spec.config.positions == "rotary" else q
+
+
+@segment
+def gated(spec, params, x, z):
+    """What was read, times the gate that x gives it: x [E], z [N, H] -> z [N, H]."""
+    gate = linear(spec, params.mixer.gate, norm(spec, params.mixer_norm, x))
+    return spec.numerics.rounded(z * jax.nn.sigmoid(gate).reshape(z.shape))
 
 
 def output(spec, params, z):
@@ -90,7 +100,7 @@ def blocks(spec):
 def init(spec, make, key):
     """Fresh parameters; `make` is an `init.Maker`."""
     config, (_, _, E, _, N, K, H, _) = spec.config, spec.config.shape
-    query, key_, value, output = jax.random.split(key, 4)
+    query, key_, value, output, gate = jax.random.split(key, 5)
     biased, own = config.biases != "none", spec.reads is None
     output_biased = config.biases in ("attention", "all")
     size = (lambda heads: heads * H) if config.qk_norm_over == "all" else (lambda heads: H)
@@ -102,6 +112,7 @@ def init(spec, make, key):
         q_norm=make.norm(size(N)) if config.qk_norm else None,
         k_norm=make.norm(size(K)) if config.qk_norm and own else None,
         sinks=make.zeros(N) if config.attention_sinks else None,
+        gate=make.linear(gate, E, N * H, biased=biased) if config.attention_gate else None,
     )
 
 

@@ -10,32 +10,32 @@ from flax import struct
 
 from kernels.tracing import primitive
 from transformer.program.activation import activate
+from transformer.program.dense import FeedForward, dense
 from transformer.program.linear import Linear, linear
 
 
 @struct.dataclass
 class Experts:
-    """router [E, X]; up, gate [X, E, F]; down [X, F, E]. gate is None in the ungated form."""
+    """router [E, X]; up, gate [X, E, F]; down [X, F, E]. gate is None in the ungated form.
+
+    choice_bias [X] takes part in the choice of experts, and not in their gates. shared is an expert
+    that all tokens run through, shared_gate [E, 1] what it is weighted by.
+    """
 
     router: Linear
     up: Linear
     down: Linear
     gate: Linear | None = None
+    choice_bias: jax.Array | None = None
+    shared: FeedForward | None = None
+    shared_gate: Linear | None = None
 
 
 def mix_experts(spec, params: Experts, x):
-    """Top-k routing (arXiv:2401.04088): x [E] -> [E], a sum of k experts weighted by their gates.
-
-    The gates are a softmax over the logits of the chosen experts, or over those of all.
-    """
-    config = spec.config
-    logits = linear(spec, params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    if config.expert_gates == "all":
-        gates, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.experts_per_token)
-    else:
-        logits, chosen = jax.lax.top_k(logits, config.experts_per_token)
-        gates = jax.nn.softmax(logits)
-    weights, tree = jax.tree.flatten(params.replace(router=None))
+    """x [E] -> [E]: the sum of k experts, weighted by their gates (arXiv:2401.04088)."""
+    gates, chosen = route(spec, params, x)
+    own = params.replace(router=None, choice_bias=None, shared=None, shared_gate=None)
+    weights, tree = jax.tree.flatten(own)
     [y] = experts_p.bind(
         x[None],
         gates.astype(x.dtype)[None],
@@ -44,7 +44,49 @@ def mix_experts(spec, params: Experts, x):
         spec=spec,
         tree=tree,
     )
-    return y[0]
+    return y[0] if params.shared is None else y[0] + _run_shared(spec, params, x)
+
+
+def route(spec, params: Experts, x):
+    """Which experts a token takes, and their gates: x [E] -> gates [k], experts [k]."""
+    config = spec.config
+    logits = linear(spec, params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    scores = {"all": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}.get(
+        config.expert_gates, lambda x: x
+    )
+    scores = choice = scores(logits)
+    if params.choice_bias is not None:
+        choice = scores + params.choice_bias
+    if config.expert_groups is not None:
+        choice = _of_best_groups(config, choice)
+    chosen = jax.lax.top_k(choice, config.experts_per_token)[1]
+    gates = scores[chosen]
+    if config.expert_gates == "chosen":
+        gates = jax.nn.softmax(gates)
+    elif config.expert_gates == "sigmoid":
+        gates = gates / (gates.sum() + 1e-20)
+    return gates * config.expert_scale, chosen
+
+
+def _of_best_groups(config, scores):
+    """Scores [X] of which those outside of the best groups are -inf.
+
+    A group is as good as its best expert, or, by sigmoids, as its two best together (DeepSeek-V3,
+    arXiv:2412.19437, section 2.1.2).
+    """
+    groups, kept = config.expert_groups
+    by_group = scores.reshape(groups, -1)
+    best = min(2 if config.expert_gates == "sigmoid" else 1, by_group.shape[1])
+    worth = jax.lax.top_k(by_group, best)[0].sum(-1)
+    chosen = (jax.lax.top_k(worth, kept)[1][:, None] == jnp.arange(groups)).any(0)
+    return jnp.where(chosen[:, None], by_group, -jnp.inf).reshape(-1)
+
+
+def _run_shared(spec, params, x):
+    y = dense(spec, params.shared, x)
+    if params.shared_gate is None:
+        return y
+    return y * jax.nn.sigmoid(linear(spec, params.shared_gate, x))
 
 
 def _run(x, gates, chosen, *weights, spec, tree):

@@ -8,8 +8,8 @@ from jax import nn
 
 from transformer.config import Config
 from transformer.memory.cache import Cache
+from transformer.program.dense import FeedForward
 from transformer.program.experts import Experts
-from transformer.program.feed_forward import FeedForward
 from transformer.program.layers import KINDS, Layer
 from transformer.program.linear import Linear, Norm
 from transformer.program.params import Params
@@ -100,14 +100,27 @@ def _init_layer(spec, make, key):
 
 def _init_feed_forward(config, make, key):
     E, F, X = config.width, config.shape.F, config.num_experts
-    up, down, gate, router = jax.random.split(key, 4)
-    axis = (X,) if X else ()
-    networks = {
-        "up": make.linear(up, *axis, E, F),
-        "down": make.linear(down, *axis, F, E, last=True),
-        "gate": make.linear(gate, *axis, E, F) if config.gated else None,
+    if not X:
+        return FeedForward(**_init_network(config, make, key, F))
+    experts, router, shared, gate = jax.random.split(key, 4)
+    width = config.shared_expert_width
+    return Experts(
+        router=make.linear(router, E, X),
+        **_init_network(config, make, experts, config.expert_width or F, X),
+        choice_bias=make.zeros(X) if config.expert_gates == "sigmoid" else None,
+        shared=FeedForward(**_init_network(config, make, shared, width)) if width else None,
+        shared_gate=make.linear(gate, E, 1) if width and config.shared_expert_gate else None,
+    )
+
+
+def _init_network(config, make, key, width, *experts):
+    up, down, gate = jax.random.split(key, 3)
+    E = config.width
+    return {
+        "up": make.linear(up, *experts, E, width),
+        "down": make.linear(down, *experts, width, E, last=True),
+        "gate": make.linear(gate, *experts, E, width) if config.gated else None,
     }
-    return Experts(make.linear(router, E, X), **networks) if X else FeedForward(**networks)
 
 
 def init_cache(config: Config, capacity: int, dtype=None) -> Cache:

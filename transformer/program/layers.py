@@ -12,8 +12,9 @@ from transformer.memory.cache import Turn
 from transformer.program import attention, delta, latent
 from transformer.program.attention import Attention
 from transformer.program.delta import GatedDelta
+from transformer.program.dense import FeedForward
 from transformer.program.experts import Experts
-from transformer.program.feed_forward import FeedForward, feed_forward
+from transformer.program.feed_forward import feed_forward
 from transformer.program.latent import LatentAttention
 from transformer.program.linear import Norm, norm
 from transformer.program.remat import segment

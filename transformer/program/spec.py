@@ -11,7 +11,8 @@ class LayerSpec:
     """One layer of an architecture.
 
     Attributes:
-      config: the architecture, in which `window` is that of this layer.
+      config: the architecture, in which `window` is that of this layer, and `num_experts` is 0
+        where it has none.
       kind: one of `config.LAYER_KINDS`.
       backend: what runs its attention.
       numerics: what it computes with.
@@ -43,7 +44,7 @@ def layer_specs(
         kind, window = layer
         shares = kind == "attention" and n >= config.num_layers - config.num_shared_kv_layers
         spec = LayerSpec(
-            config.replace(window=window),
+            _of_layer(config, n, window),
             kind,
             backend,
             numerics,
@@ -54,3 +55,10 @@ def layer_specs(
             last_written[layer] = written
             written += len(kinds[kind].blocks(spec))
     return tuple(specs)
+
+
+def _of_layer(config, n, window):
+    """The config as one layer sees it."""
+    if n < config.num_dense_layers:
+        config = config.replace(num_experts=0, num_dense_layers=0)
+    return config.replace(window=window)

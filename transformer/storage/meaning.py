@@ -31,7 +31,12 @@ def function(config: Config) -> dict:
     if not any(windows):
         unused.add("rotary_window_base")
     if not config.num_experts:
-        unused |= {"experts_per_token", "expert_gates"}
+        unused |= {name for name in fields if "expert" in name} | {"num_dense_layers"}
+    fields["expert_width"] = config.expert_width or config.shape.F
+    if config.num_experts and not config.num_dense_layers:
+        unused.add("feed_forward_width")
+    if not config.shared_expert_width:
+        unused.add("shared_expert_gate")
     if not config.qk_norm:
         unused.add("qk_norm_over")
     if "latent" not in kinds:

@@ -20,7 +20,7 @@ from transformer.program.init import init_params
 from transformer.program.params import Params
 from transformer.storage.arrays import flat
 from transformer.storage.checkpoint import CheckpointError, Checkpoints, LayoutError
-from transformer.storage.formats import hub, huggingface, tokenizer_files
+from transformer.storage.formats import gguf, hub, huggingface, tokenizer_files
 from transformer.storage.meaning import differences, meaning
 
 CONFIG_FILE = "config.json"
@@ -96,9 +96,10 @@ def load(
     """Reads a model: a published one, one that `save` wrote, or that of a training run.
 
     Args:
-      path: a directory with a config.json and safetensors, as transformers writes them; or
-        "hf://owner/name", one of the Hugging Face Hub, which is downloaded once and kept in its
-        cache; or a directory that `save` wrote; or the work directory of a training run.
+      path: a directory with a config.json and safetensors, as transformers writes them; or a file
+        of GGUF, as llama.cpp reads them; or "hf://owner/name", one of the Hugging Face Hub, which
+        is downloaded once and kept in its cache; or a directory that `save` wrote; or the work
+        directory of a training run.
       dtype: "float32" or "bfloat16", the type of matrices and of activations; None: as saved, where
         float16 becomes float32.
       sharding: sharding(name) is where the parameter of a name, as "layers.0.mixer.query.weight",
@@ -124,6 +125,8 @@ def load(
     if hub.is_address(path):
         path = hub.download(os.fspath(path))
     path = Path(path)
+    if gguf.is_file(path):
+        return Model(*gguf.read(path, dtype, sharding))
     if huggingface.is_published(path):
         config, params, values = huggingface.read_directory(path, dtype, sharding)
         return Model(config, params, tokenizer_files.read(path, values))

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 
 from transformer.config import Config
+from transformer.program.experts import Experts
 from transformer.program.init import init_params
 
 
@@ -23,7 +24,8 @@ def flops_per_token(config: Config, length: int) -> float:
     if not config.tie_embeddings:
         multiplying -= count(params.embedding)
     if config.num_experts:
-        experts = [layer.feed_forward.replace(router=None) for layer in params.layers]
+        networks = [layer.feed_forward for layer in params.layers]
+        experts = [(x.up, x.down, x.gate) for x in networks if isinstance(x, Experts)]
         multiplying -= count(experts) * (1 - config.experts_per_token / config.num_experts)
     reading = sum(_reading_flops(config, kind, window, length) for kind, window in config.layers)
     return 6.0 * multiplying + reading

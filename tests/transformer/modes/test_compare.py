@@ -39,6 +39,7 @@ def configs(draw):
             "qk_norm": draw(st.booleans()),
             "qk_norm_over": pick("head", "all"),
             "attention_sinks": draw(st.booleans()),
+            "attention_gate": draw(st.booleans()),
         }
     one_memory = not isinstance(options.get("window"), tuple)
     if kinds == "attention" and one_memory and not scan_layers:
@@ -65,7 +66,13 @@ def configs(draw):
         tie_embeddings=draw(st.booleans()),
         embedding_scale=pick(1.0, 5.0),
         num_experts=pick(0, 0, 4),
+        expert_width=pick(None, 20),
         expert_gates=pick(*CHOICES["expert_gates"]),
+        expert_scale=pick(1.0, 2.0),
+        expert_groups=pick(None, (2, 1)),
+        shared_expert_width=pick(0, 24),
+        shared_expert_gate=draw(st.booleans()),
+        num_dense_layers=0 if scan_layers else pick(0, 1),
         scan_layers=scan_layers,
         remat=pick("none", "segments", "dots"),
     )

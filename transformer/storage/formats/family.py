@@ -20,7 +20,8 @@ class Family:
       table: from the parameters of a config to its tensors.
       prefix: what begins the names of its tensors, but for that of the output; files without it
         are read too.
-      ignored: patterns of tensors that hold no parameters, such as masks, and which are not read.
+      ignored: patterns of tensors that hold no parameters, such as masks, and which are not read;
+        {L} is the number of layers.
     """
 
     model_type: str

@@ -78,6 +78,10 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self._left
 
+    def peek(self, name: str):
+        """Returns the value of a key that is not marked as read; None where it is missing."""
+        return self._left.get(name)
+
     def take(self, name: str, kind, default=_REQUIRED):
         """Returns the value of a key, and marks it as read.
 

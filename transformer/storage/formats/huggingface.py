@@ -14,7 +14,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.files import write_json
 from transformer.program.params import Params
-from transformer.storage.formats import safetensors
+from transformer.storage.formats import mxfp4, safetensors
 from transformer.storage.formats.architectures import FAMILIES
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.parameters import read_params, written
@@ -25,6 +25,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
 _LARGEST_JSON = 100_000_000
+_FAR = 100  # fields, in which an architecture differs that cannot say what is wanted at all
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def read_directory(
         config = family.read(values, str(path))
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors = read_tensors(directory)
+    tensors = mxfp4.unpacked(read_tensors(directory))
     dtype = dtype or _stored_dtype(tensors)
     config = config.replace(dtype=dtype)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -170,17 +171,14 @@ def family_of(config: Config) -> tuple[Family, dict]:
     for family in FAMILIES.values():
         try:
             values = json.loads(json.dumps(family.write(config)))
-            there = function(family.read(values, family.model_type))
-            list(entries(family.table(config), config))
+            wrong = differences(function(family.read(values, family.model_type)), here)
+            if not wrong:
+                list(entries(family.table(config), config))
+                return family, values
         except Unnamed as error:
-            misses.append((family, [f"it has no place for {error}"] * 100))
-            continue
+            wrong = [f"it has no place for {error}"] * _FAR
         except (ValueError, TypeError) as error:
-            misses.append((family, [str(error)] * 100))
-            continue
-        wrong = differences(there, here)
-        if not wrong:
-            return family, values
+            wrong = [str(error)] * _FAR
         misses.append((family, wrong))
     nearest, wrong = min(misses, key=lambda miss: len(miss[1]))
     raise ValueError(

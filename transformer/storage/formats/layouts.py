@@ -95,3 +95,114 @@ IN_TURNS = Layout(
     lambda _, arrays: [arrays[0][..., 0::2], arrays[0][..., 1::2]],
     lambda _, arrays: [np.stack(arrays, -1).reshape(*arrays[0].shape[:-1], -1)],
 )
+
+
+def _delta_read(config, arrays):
+    """Qwen3-Next's q, k, v and z of each key head together -> channels (q, k, v) and gate (z)."""
+    [x] = arrays
+    sizes = config.delta_sizes
+    M, H = sizes.num_key_heads, sizes.key_size
+    values = sizes.num_value_heads // M * sizes.value_size
+    parts = np.split(x.reshape(M, -1, x.shape[-1]), np.cumsum([H, H, values]), axis=1)
+    q, k, v, z = (part.reshape(-1, x.shape[-1]) for part in parts)
+    return [_turned(np.concatenate([q, k, v])), _turned(z)]
+
+
+def _delta_write(config, arrays):
+    channels, gate = map(_turned, arrays)
+    sizes = config.delta_sizes
+    M, H = sizes.num_key_heads, sizes.key_size
+    q, k, v = np.split(channels, [M * H, 2 * M * H])
+    parts = [part.reshape(M, -1, channels.shape[-1]) for part in (q, k, v, gate)]
+    return [np.concatenate(parts, axis=1).reshape(-1, channels.shape[-1])]
+
+
+DELTA_CHANNELS = Layout(_delta_read, _delta_write)
+
+
+def _steps_read(config, arrays):
+    """Qwen3-Next's strength and decay of each key head together -> the one and the other."""
+    [x] = arrays
+    parts = x.reshape(config.delta_sizes.num_key_heads, 2, -1, x.shape[-1]).swapaxes(0, 1)
+    return [_turned(part.reshape(-1, x.shape[-1])) for part in parts]
+
+
+def _steps_write(config, arrays):
+    M = config.delta_sizes.num_key_heads
+    parts = np.stack([_turned(x).reshape(M, -1, x.shape[0]) for x in arrays], 1)
+    return [parts.reshape(-1, parts.shape[-1])]
+
+
+DELTA_STEPS = Layout(_steps_read, _steps_write)
+# A depthwise convolution [C, 1, tokens]; ours is [tokens, C].
+CONVOLUTION = each(lambda x: x[:, 0].T, lambda x: x.T[:, None])
+
+
+def _gated_read(config, arrays):
+    """Queries and gates, those of each head together -> queries and gates."""
+    [x] = arrays
+    parts = x.reshape(config.shape.N, 2, config.shape.H, -1).swapaxes(0, 1)
+    return [_turned(part.reshape(-1, x.shape[-1])) for part in parts]
+
+
+def _gated_write(config, arrays):
+    parts = np.stack([_turned(x) for x in arrays]).reshape(2, config.shape.N, config.shape.H, -1)
+    return [parts.swapaxes(0, 1).reshape(-1, parts.shape[-1])]
+
+
+QUERY_AND_GATE = Layout(_gated_read, _gated_write)
+
+
+def _interleaved(rows, size):
+    """The last `size` rows of each head [heads, rows, in]: pairs side by side, made two halves."""
+    kept, turning = rows[:, :-size], rows[:, -size:]
+    halves = turning.reshape(len(rows), -1, 2, rows.shape[-1]).swapaxes(1, 2)
+    return np.concatenate([kept, halves.reshape(turning.shape)], 1)
+
+
+def _paired(rows, size):
+    """The inverse of `_interleaved`."""
+    kept, turning = rows[:, :-size], rows[:, -size:]
+    pairs = turning.reshape(len(rows), 2, -1, rows.shape[-1]).swapaxes(1, 2)
+    return np.concatenate([kept, pairs.reshape(turning.shape)], 1)
+
+
+def _by_head(turn, heads):
+    def read(config, arrays):
+        [x] = arrays
+        rows = x.reshape(heads(config), -1, x.shape[-1])
+        return [_turned(turn(rows, config.latent.rotary_size).reshape(x.shape))]
+
+    return read
+
+
+def _by_head_back(turn, heads):
+    def write(config, arrays):
+        x = _turned(arrays[0])
+        rows = x.reshape(heads(config), -1, x.shape[-1])
+        return [turn(rows, config.latent.rotary_size).reshape(x.shape)]
+
+    return write
+
+
+# DeepSeek's matrices whose last rows, of each head or of all of it, turn in pairs side by side.
+LATENT_QUERY, LATENT_DOWN = (
+    Layout(_by_head(_interleaved, heads), _by_head_back(_paired, heads))
+    for heads in (lambda config: config.num_heads, lambda config: 1)
+)
+
+
+def _key_value_read(config, arrays):
+    """Keys and values of each head together [N * (H + Hv), R] -> keys and values."""
+    [x] = arrays
+    rows = x.reshape(config.num_heads, -1, x.shape[-1])
+    parts = rows[:, : config.shape.H], rows[:, config.shape.H :]
+    return [_turned(part.reshape(-1, x.shape[-1])) for part in parts]
+
+
+def _key_value_write(config, arrays):
+    rows = [_turned(x).reshape(config.num_heads, -1, x.shape[0]) for x in arrays]
+    return [np.concatenate(rows, 1).reshape(-1, rows[0].shape[-1])]
+
+
+KEY_VALUE_BY_HEAD = Layout(_key_value_read, _key_value_write)

@@ -77,7 +77,8 @@ def _require_names(family, config, tensors, published):
             f"{_some(missing)}."
         )
     surplus = [name for name in tensors if name not in published]
-    surplus = [x for x in surplus if not any(re.fullmatch(p, x) for p in family.ignored)]
+    ignored = [x.replace("{L}", str(config.num_layers)) for x in family.ignored]
+    surplus = [x for x in surplus if not any(re.fullmatch(p, x) for p in ignored)]
     if surplus == ["lm_head.weight"] and config.tie_embeddings:
         surplus = _unless_tied(tensors, published)
     if surplus:

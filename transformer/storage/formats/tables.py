@@ -16,6 +16,8 @@ from transformer.storage.formats.layouts import SAME, TRANSPOSED, Layout
 
 # From our names to published ones. A name may have {n}, the number of a layer, and published ones
 # {x}, that of an expert. A tuple of our names, or of theirs, is a group that a layout takes as one.
+# The network of a layer is `feed_forward` where it is dense, and `experts` where it is a mixture;
+# its mixer is `mixer` where it is attention, and else has the name of the layer's kind.
 Names = str | tuple[str, ...]
 Table = Mapping[Names, "str | Named"]
 
@@ -65,6 +67,8 @@ def entries(table: Table, config: Config) -> Iterable[Entry]:
         layer = re.match(r"layers\.(\d+)\.", name)
         n = layer[1] if layer else ""
         pattern = re.sub(r"^layers\.\d+\.", "layers.{n}.", name)
+        if layer:
+            pattern = _with_kind(config, int(n), pattern)
         if pattern not in rules:
             raise Unnamed(name)
         ours, published = rules[pattern]
@@ -76,9 +80,23 @@ def entries(table: Table, config: Config) -> Iterable[Entry]:
             for theirs in _tuple(published.names)
             for x in (range(config.num_experts) if "{x}" in theirs else [0])
         ]
-        ours = tuple(each.replace("{n}", n) for each in ours)
+        ours = tuple(_without_kind(x.replace("{n}", n)) for x in ours)
         done |= set(ours)
         yield Entry(ours, tuple(names), published.layout)
+
+
+def _with_kind(config, n, pattern):
+    """Our name of a parameter as it stands in a table, which depends on what the layer is."""
+    if config.num_experts and n >= config.num_dense_layers:
+        pattern = pattern.replace(".feed_forward.", ".experts.")
+    kind, _ = config.layers[n]
+    return pattern if kind == "attention" else pattern.replace(".mixer.", f".{kind}.")
+
+
+def _without_kind(name):
+    """The inverse of `_with_kind`."""
+    name = re.sub(r"^(layers\.\d+)\.experts\.", r"\1.feed_forward.", name)
+    return re.sub(r"^(layers\.\d+)\.(latent|delta)\.", r"\1.mixer.", name)
 
 
 def _tuple(names):

@@ -1,7 +1,7 @@
 """Llama, and what the families after it share with it: names of tensors and of sizes."""
 
 from transformer.storage.formats.family import Family
-from transformer.storage.formats.layouts import SAME
+from transformer.storage.formats.layouts import SAME, STACKED
 from transformer.storage.formats.options import Always, Chosen, Same
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.tables import Named, biased
@@ -76,6 +76,26 @@ def norm_epsilon(default=1e-6):
 def tied(default=False):
     """Whether the output is the embedding."""
     return Same("tie_word_embeddings", "tie_embeddings", bool, default)
+
+
+def experts(config, names=DENSE, network="mlp", norm_layout=SAME):
+    """The names of Llama's tensors where layers have experts, a tensor for each.
+
+    Args:
+      config: not looked at.
+      names: of an expert's matrices, by ours.
+      network: what the mixture is called.
+      norm_layout: as in `table`.
+    """
+    expert = f"{LAYER}{network}.experts.{{x}}."
+    return {
+        **table(config, norm_layout=norm_layout),
+        OURS + "experts.router.weight": f"{LAYER}{network}.gate.weight",
+        **{
+            f"{OURS}experts.{ours}.weight": Named(f"{expert}{theirs}.weight", STACKED)
+            for ours, theirs in names.items()
+        },
+    }
 
 
 HEAD_SIZE = Same("head_dim", "head_size", int | None, None)

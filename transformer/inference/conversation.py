@@ -1,0 +1,151 @@
+"""Conversations with a model: each turn runs what is new, and keeps the cells of what was said."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.data.chat import render
+from transformer.inference.completion import Completion, Writer
+from transformer.inference.generate import (
+    PREFILL_CHUNK,
+    State,
+    capacity_for,
+    cast_params,
+    decode,
+    stop_ids,
+)
+from transformer.inference.options import Options
+from transformer.inference.prompts import prompt_keys, stop_conditions
+from transformer.memory.cache import Cache
+from transformer.modes.schedule import parallel
+from transformer.program.fit import check_params
+from transformer.program.init import init_cache
+from transformer.program.program import program
+
+_FIRST_CAPACITY = 2048  # cells; a conversation that outgrows them runs once again, in twice as many
+
+
+class Conversation:
+    """Messages, and the cells of their tokens.
+
+    Attributes:
+      messages: so far, each with a "role" and a "content".
+      positions_run: how many positions of messages have been run so far, which shows that none
+        runs again.
+    """
+
+    def __init__(self, model, *, system: str | None = None, **options):
+        """Begins a conversation.
+
+        Args:
+          model: config, params and a tokenizer with a chat template.
+          system: what the model is told at the start; None: what its template says.
+          **options: the fields of `transformer.inference.options.Options`, of which max_new_tokens
+            must be given, for each reply.
+
+        Raises:
+          ValueError: an option is out of range, or the model has no tokenizer or chat template.
+        """
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer, and a conversation is text.")
+        check_params(model.config, model.params)
+        self._options = Options(**options)
+        self._model, self._tokenizer = model, model.tokenizer
+        self._stops = stop_conditions(model.config, model.tokenizer, self._options.stop)
+        self._program = self._options.program or program(
+            model.config, numerics=self._options.numerics, attention=self._options.attention
+        )
+        self._params = cast_params(model.config, model.params)
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.positions_run = 0
+        self._text, self._tokens = "", []  # what has been said, of which all but the last is cells
+        self._cache, self._capacity = None, 0
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Says something, and returns the reply piece by piece, in whole characters.
+
+        Args:
+          text: what the user says.
+
+        Raises:
+          transformer.data.chat.TemplateError: the model's template refuses the messages.
+          ValueError: the conversation is longer than the model's max_length.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        text = render(self._tokenizer, messages)
+        tokens = self._wanted(text)
+        self._require_room(len(tokens) + self._options.max_new_tokens)
+        self._run(tokens)
+        writer = Writer(self._tokenizer, *self._stops, self._options.max_new_tokens)
+        yield from self._draw(tokens, writer)
+        completion = writer.completion
+        self.messages = [*messages, {"role": "assistant", "content": completion.text}]
+        self._tokens = [*tokens, *completion.tokens]
+        self._text = text + completion.text + self._end(completion)
+
+    def _wanted(self, text):
+        """The tokens of a text; those that were drawn stay, however the text would be cut now."""
+        if self._text and text.startswith(self._text):
+            return self._tokens + self._tokenizer.encode(text[len(self._text) :], special=True)
+        return self._tokenizer.encode(text, special=True)
+
+    def _end(self, completion: Completion):
+        """What stands in the text for the token that ended a reply."""
+        last = completion.tokens[-1]
+        return self._tokenizer.token(last) if last in self._stops[1] else ""
+
+    def _require_room(self, length):
+        """Makes the cache larger where it is too small; what is in it is lost then."""
+        if length > self._model.config.max_length:
+            raise ValueError(
+                f"the conversation is {length} tokens long with its next reply, more than the "
+                f"model's max_length={self._model.config.max_length}; begin a new one."
+            )
+        if length > self._capacity:
+            self._capacity = capacity_for(max(length, 2 * self._capacity, _FIRST_CAPACITY))
+            self._cache = None
+
+    def _run(self, tokens):
+        """Runs all tokens but the last that are not in the cells yet."""
+        done = max(len(self._tokens) - 1, 0) if self._cache is not None else 0
+        if tokens[:done] != self._tokens[:done]:  # the template changed what was said
+            done, self._cache = 0, None
+        if self._cache is None:
+            self._cache = _empty(self._model.config, self._capacity)
+        for start in range(done, len(tokens) - 1, PREFILL_CHUNK):
+            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
+            padding = PREFILL_CHUNK - len(chunk)
+            positions = np.pad(start + np.arange(len(chunk)), (0, padding), constant_values=-1)
+            ids = np.pad(chunk, (0, padding))
+            self._cache = _read(
+                self._program, self._params, self._cache, np.int32(ids), np.int32(positions)
+            )
+            self.positions_run += len(chunk)
+
+    def _draw(self, tokens, writer):
+        """Draws the reply, one token at a time."""
+        options, last = self._options, len(tokens) - 1
+        keys = prompt_keys([np.array(tokens, np.int32)], options.seed)
+        state = State(self._cache, np.int32(tokens[-1:]), np.int32([last]), keys)
+        sampling = options.sampling(self._tokenizer.vocab_size)
+        stops, running = stop_ids(self._stops[1]), np.ones(1, bool)
+        while writer.completion is None:
+            state, ids, logprobs = decode(
+                self._program, self._params, state, running, sampling, stops, np.int32(1)
+            )
+            yield writer.push(int(ids[0, 0]), float(logprobs[0, 0]))
+        self._cache = state.cache
+
+
+def _empty(config, capacity) -> Cache:
+    """An empty cache of one row."""
+    return jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), init_cache(config, capacity))
+
+
+@partial(jax.jit, static_argnames="f", donate_argnames="cache")
+def _read(f, params, cache, tokens, positions):
+    """The cache of one row after some tokens [T] at positions [T], -1 where there is none."""
+    return jax.vmap(lambda cache: parallel(f, params, cache, tokens, positions)[0])(cache)

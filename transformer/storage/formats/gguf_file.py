@@ -1,0 +1,178 @@
+"""Files of GGUF: their metadata and their tensors, checked, and numbers of fewer bits made floats.
+
+The package gguf gives the types and their arithmetic. Its reader takes seconds for a vocabulary,
+and keeps the whole file mapped.
+"""
+
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_VERSIONS = (2, 3)
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_MOST_AXES = 4
+_ROWS = 4096  # are made floats at a time
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor of a file, in one of the types of ggml.
+
+    Attributes:
+      path: the file.
+      offset: where its bytes begin.
+      shape: of its numbers.
+      kind: a `gguf.GGMLQuantizationType`.
+      row_bytes: what a row takes, the last axis.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    kind: Any
+    row_bytes: int
+    dtype = np.dtype(np.float32)
+
+    def read(self) -> np.ndarray:
+        """The numbers, float32."""
+        quants = import_gguf().quants
+        rows = math.prod(self.shape[:-1])
+        made = np.empty((rows, self.shape[-1]), np.float32)
+        stored = np.memmap(self.path, np.uint8, "r", self.offset, (rows, self.row_bytes))
+        for n in range(0, rows, _ROWS):
+            made[n : n + _ROWS] = quants.dequantize(np.array(stored[n : n + _ROWS]), self.kind)
+        return made.reshape(self.shape)
+
+
+def import_gguf():
+    """The package gguf.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise ImportError("a file of GGUF needs the package gguf: pip install gguf") from error
+    return gguf
+
+
+def read_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Quantised]]:
+    """Reads the metadata of a file, and which tensors it holds.
+
+    Raises:
+      ValueError: it is not a file of GGUF, is damaged, or holds a type that is not known.
+      OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.stat().st_size < 24:
+        raise _damaged(path, "it is too short")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _read(path, _Cursor(data))
+        except (ValueError, RecursionError, struct.error) as error:
+            raise _damaged(path, str(error)) from error
+
+
+def _read(path, cursor):
+    if cursor.bytes(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.number("I")
+    if version not in _VERSIONS:
+        raise ValueError(f"its version is {version}; known are {_VERSIONS}")
+    num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
+    metadata = {}
+    for _ in range(num_keys):
+        name = cursor.string()
+        if name in metadata:
+            raise ValueError(f"the key {name[:80]!r} appears twice")
+        metadata[name] = cursor.value(cursor.number("I"))
+    described = {}
+    for _ in range(num_tensors):
+        name, axes = cursor.string(), cursor.number("I")
+        if name in described or not 1 <= axes <= _MOST_AXES:
+            raise ValueError(f"tensor {name[:80]!r} appears twice, or has {axes} axes")
+        shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
+        described[name] = shape, cursor.number("I"), cursor.number("Q")
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
+        raise ValueError(f"general.alignment={alignment!r}")
+    start = -(-cursor.offset // alignment) * alignment
+    return metadata, {
+        name: _tensor(path, name, start, cursor.size, *fields) for name, fields in described.items()
+    }
+
+
+def _tensor(path, name, start, size, shape, number, offset):
+    gguf = import_gguf()
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r} is of type {number}, which is not known") from error
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block or not all(shape):
+        raise ValueError(f"tensor {name!r} of shape {shape} is not made of blocks of {block}")
+    row_bytes = shape[-1] // block * block_bytes
+    if start + offset + math.prod(shape[:-1]) * row_bytes > size:
+        raise ValueError(f"tensor {name!r} of shape {shape} ends behind the end of the file")
+    return Quantised(path, start + offset, shape, kind, row_bytes)
+
+
+class _Cursor:
+    """Reads values one after the other, and never past the end."""
+
+    def __init__(self, data):
+        self._data, self.size, self.offset = data, len(data), 0
+
+    def bytes(self, count):
+        begin, end = self.offset, self.offset + count
+        if end > self.size:
+            raise ValueError(f"{count} bytes are wanted at byte {begin} of {self.size}")
+        self.offset = end
+        return self._data[begin:end]
+
+    def number(self, kind):
+        [value] = struct.unpack("<" + kind, self.bytes(struct.calcsize("<" + kind)))
+        return value
+
+    def string(self):
+        return self.bytes(self.number("Q")).decode("utf-8", errors="surrogateescape")
+
+    def value(self, kind):
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise ValueError(f"a value is of type {kind}, which is not known")
+        kind, count = self.number("I"), self.number("Q")
+        if count > self.size - self.offset:
+            raise ValueError(f"an array of {count} values does not fit")
+        if kind in _SCALARS:
+            code = f"<{count}{_SCALARS[kind]}"
+            return list(struct.unpack(code, self.bytes(struct.calcsize(code))))
+        return [self.value(kind) for _ in range(count)]
+
+
+def _damaged(path, why):
+    return ValueError(f"{path} is damaged, or not a file of GGUF: {why}.")
