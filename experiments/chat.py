@@ -35,7 +35,7 @@ def main(argv):
     from transformer.storage.checkpoint import CheckpointError
     from transformer.storage.model import load
 
-    with cli.user_errors(ValueError, OSError, ImportError, CheckpointError):
+    with cli.user_errors(ValueError, OSError, CheckpointError):
         model = load(_MODEL.value, dtype=_DTYPE.value)
         options = {flag.name: flag.value for flag in _OPTIONS}
         conversation = Conversation(model, system=_SYSTEM.value, **options)

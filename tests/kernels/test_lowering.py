@@ -12,7 +12,7 @@ from kernels import attention
 from kernels.tracing.target import target
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.inference.generate import _decode, _State
+from transformer.inference.generate import State, decode
 from transformer.inference.sampling import Sampling
 from transformer.program.init import init_cache, init_params
 from transformer.program.program import program
@@ -75,11 +75,11 @@ def test_the_decode_loop_of_generate_lowers(backend):
     stack = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
-    state = _State(jax.tree.map(stack, cache), row, row, key)
+    state = State(jax.tree.map(stack, cache), row, row, key)
     sampling = Sampling.make(1.0, None, None, None, CONFIG.vocab_size)
     f = program(CONFIG, attention=backend)
     arguments = (f, params, state, np.ones(rows, bool), sampling, np.full(8, -1, np.int32))
-    text, calls = lowered_text(_decode, *arguments, np.int32(4), backend=backend)
+    text, calls = lowered_text(decode, *arguments, np.int32(4), backend=backend)
     assert calls >= 1
     assert "stablehlo.while" in text
     assert (rows, 2, 2, T, 64) in shapes(text)

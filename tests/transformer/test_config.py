@@ -69,6 +69,17 @@ SIZES = {"vocab_size": 10, "max_length": 64, "num_layers": 4, "width": 32, "num_
         ({"num_shared_kv_layers": 2, "scan_layers": True}, "unlike the others; set scan_layers"),
         ({"num_shared_kv_layers": 4}, "there is no block to read again"),
         ({"num_shared_kv_layers": 1, "window": (8, 8, 8, None)}, "attention with window=None"),
+        (
+            {"rotary_scaling": RotaryScaling("longrope", 1.0, divisors=(2.0,))},
+            "rotary_scaling.divisors are 1 numbers; a head that turns 8 numbers needs 4",
+        ),
+        ({"num_experts": 4, "expert_groups": (3, 1)}, r"expert_groups=\(3, 1\); it must be"),
+        (
+            {"num_experts": 4, "experts_per_token": 3, "expert_groups": (2, 1)},
+            "experts_per_token=3 is more than 1 of 2 groups hold",
+        ),
+        ({"num_dense_layers": 1, "scan_layers": True}, "num_dense_layers makes the first layers"),
+        ({"expert_gates": "hard"}, "expert_gates='hard' does not exist; choose one of chosen, all"),
         ({"parallel_residual": True, "norm_placement": "both"}, "goes with norm_placement='pre'"),
     ],
 )

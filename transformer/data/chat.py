@@ -4,6 +4,9 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 
+import jinja2
+from jinja2 import ext, sandbox
+
 from transformer.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -50,8 +53,6 @@ def render(
     _check(messages)
     template = _compile(tokenizer.chat_template)
     parts, length = [], 0
-    import jinja2
-
     try:
         for part in template.generate(
             messages=[dict(message) for message in messages],
@@ -88,33 +89,27 @@ def _check(messages):
 
 
 def _compile(source):
-    import jinja2
-
     try:
         return _environment().from_string(source)
     except (jinja2.TemplateError, RecursionError) as error:
         raise TemplateError(f"the chat template cannot be read: {error}") from error
 
 
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    """Products and powers are checked, which could fill the memory."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context, operator, left, right):
+        small = all(isinstance(x, int | float) and abs(x) <= 2**32 for x in (left, right))
+        if not small or operator == "**":
+            raise sandbox.SecurityError(f"{operator} of large values is not allowed")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment():
     """jinja2's sandbox, with what transformers gives to templates."""
-    try:
-        from jinja2 import ext, sandbox
-    except ImportError as error:
-        raise ImportError("chat templates need the package jinja2: pip install jinja2") from error
-
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        """Products and powers are checked, which could fill the memory."""
-
-        intercepted_binops = frozenset(["*", "**"])
-
-        def call_binop(self, context, operator, left, right):
-            small = all(isinstance(x, int | float) and abs(x) <= 2**32 for x in (left, right))
-            if not small or operator == "**":
-                raise sandbox.SecurityError(f"{operator} of large values is not allowed")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -126,6 +121,4 @@ def _to_json(value, indent=None):
 
 
 def _raise(message):
-    import jinja2
-
     raise jinja2.TemplateError(message)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformer.config import Config
 from transformer.data.tokenizer import byte_tokenizer
 from transformer.inference.generate import (
+    State,
     _cast,
-    _decode,
     _prefill,
-    _State,
     capacity_for,
+    decode,
     generate,
     stream,
 )
@@ -179,12 +179,12 @@ def compiled_phases(config, rows, capacity):
     scalar, per_row = shape((), jnp.int32), shape((rows,), jnp.int32)
     prefill = (config, f, params, shape((rows, capacity), jnp.int32), per_row, scalar)
     cache = jax.eval_shape(lambda *arrays: _prefill(config, f, *arrays), *prefill[2:])
-    state = _State(cache, per_row, per_row, shape((rows, 2), jnp.uint32))
+    state = State(cache, per_row, per_row, shape((rows, 2), jnp.uint32))
     stop_ids, running = shape((8,), jnp.int32), shape((rows,), jnp.bool_)
-    decode = (f, params, state, running, Sampling.make(), stop_ids, scalar)
+    arguments = (f, params, state, running, Sampling.make(), stop_ids, scalar)
     texts = (
         _prefill.lower(*prefill).compile().as_text(),
-        _decode.lower(*decode).compile().as_text(),
+        decode.lower(*arguments).compile().as_text(),
     )
     return texts, cache
 

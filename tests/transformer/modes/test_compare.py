@@ -15,7 +15,7 @@ from transformer.modes.compare import compare, ways
 TOLERANCE = 1e-11
 
 SIZES = {"vocab_size": 61, "max_length": 64, "num_layers": 2, "width": 32, "num_heads": 4}
-SCALINGS = [None, *(RotaryScaling(kind, 4.0, 16) for kind in RotaryScaling.KINDS)]
+SCALINGS = [None, *(RotaryScaling(kind, 4.0, 16) for kind in RotaryScaling.KINDS[:4])]
 KINDS = ["attention"] * 3 + ["latent", "delta", ("delta", "attention"), ("attention", "latent")]
 DELTA = Delta(num_key_heads=2, num_value_heads=4, key_size=6, value_size=5)
 

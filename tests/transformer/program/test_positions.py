@@ -21,7 +21,7 @@ def frequencies(**fields):
     return rotary_frequencies(config, config.rotary_size)
 
 
-@pytest.mark.parametrize("kind", RotaryScaling.KINDS)
+@pytest.mark.parametrize("kind", ["linear", "ntk", "llama3", "yarn"])
 def test_scaling_keeps_fast_frequencies_and_divides_slow_ones(kind):
     plain, _ = frequencies()
     scaled, magnitude = frequencies(rotary_scaling=RotaryScaling(kind, 4.0, 1024))
@@ -32,6 +32,23 @@ def test_scaling_keeps_fast_frequencies_and_divides_slow_ones(kind):
     assert np.all(np.diff(ratio) >= -1e-6)
     expected = 0.1 * np.log(4.0) + 1 if kind == "yarn" else 1.0
     np.testing.assert_allclose(magnitude, expected, rtol=1e-6)
+
+
+def test_longrope_divides_each_frequency_by_its_own_number():
+    divisors = tuple(1.0 + n for n in range(32))
+    scaling = RotaryScaling("longrope", 4.0, attention_factor=1.25, divisors=list(divisors))
+    scaled, magnitude = frequencies(rotary_scaling=scaling)
+    np.testing.assert_allclose(frequencies()[0] / scaled, divisors, rtol=1e-6)
+    assert magnitude == np.float32(1.25)
+
+
+def test_yarn_begins_between_two_pairs_where_it_is_not_truncated():
+    rough, fine = (
+        frequencies(rotary_scaling=RotaryScaling("yarn", 4.0, 1024, truncate=truncate))[0]
+        for truncate in (True, False)
+    )
+    assert (rough != fine).any() and rough[0] == fine[0]
+    np.testing.assert_allclose(rough, fine, rtol=0.5)
 
 
 def test_layers_with_a_window_have_their_own_base():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 
@@ -16,7 +17,7 @@ from transformer.config import Config, RotaryScaling
 from transformer.data.tokenizer import Tokenizer
 from transformer.program.params import Params
 from transformer.storage.formats.architectures import FAMILIES
-from transformer.storage.formats.gguf_file import Quantised, import_gguf, read_file
+from transformer.storage.formats.gguf_file import Quantised, read_file
 from transformer.storage.formats.gguf_tokenizer import read_tokenizer
 from transformer.storage.formats.parameters import read_params
 from transformer.storage.formats.tables import entries
@@ -188,7 +189,6 @@ class _Changed:
 
 def _named(family, config, tensors, architecture):
     """The tensors by their names in transformers."""
-    gguf = import_gguf()
     arch = next(x for x, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     left = {name: tensor for name, tensor in tensors.items() if name != "rope_freqs.weight"}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+import gguf.quants
 import numpy as np
 
 _VERSIONS = (2, 3)
@@ -54,27 +56,12 @@ class Quantised:
 
     def read(self) -> np.ndarray:
         """The numbers, float32."""
-        quants = import_gguf().quants
         rows = math.prod(self.shape[:-1])
         made = np.empty((rows, self.shape[-1]), np.float32)
         stored = np.memmap(self.path, np.uint8, "r", self.offset, (rows, self.row_bytes))
         for n in range(0, rows, _ROWS):
-            made[n : n + _ROWS] = quants.dequantize(np.array(stored[n : n + _ROWS]), self.kind)
+            made[n : n + _ROWS] = gguf.quants.dequantize(np.array(stored[n : n + _ROWS]), self.kind)
         return made.reshape(self.shape)
-
-
-def import_gguf():
-    """The package gguf.
-
-    Raises:
-      ImportError: it is not installed.
-    """
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError as error:
-        raise ImportError("a file of GGUF needs the package gguf: pip install gguf") from error
-    return gguf
 
 
 def read_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Quantised]]:
@@ -124,7 +111,6 @@ def _read(path, cursor):
 
 
 def _tensor(path, name, start, size, shape, number, offset):
-    gguf = import_gguf()
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError as error:

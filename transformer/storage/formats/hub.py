@@ -21,7 +21,6 @@ def download(address: str) -> Path:
       address: "hf://owner/name", with "@revision" behind it for another version than the newest.
 
     Raises:
-      ImportError: huggingface_hub is not installed.
       ValueError: the address is not of that form.
       FileNotFoundError: the Hub has no such model, or it is not open to everybody.
       ConnectionError: the Hub cannot be reached, and the model is not in the cache.
@@ -29,13 +28,9 @@ def download(address: str) -> Path:
     found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address)
     if not found:
         raise ValueError(f"{address!r}; a model of the Hub is hf://owner/name, or with @revision.")
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise ImportError(
-            f"{address} needs the package huggingface_hub: pip install huggingface_hub"
-        ) from error
+    import huggingface_hub  # here, because it takes a while
+    from huggingface_hub import errors
+
     try:
         return Path(
             huggingface_hub.snapshot_download(found[1], revision=found[2], allow_patterns=_PATTERNS)

@@ -214,6 +214,8 @@ def write_directory(directory: Path, config: Config, params: Params, extra: dict
         write_json(
             directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
+    # The defaults of transformers, for padding above all, may not be in the vocabulary.
+    values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     values |= extra | {"torch_dtype": dtype.name, "dtype": dtype.name}
     write_json(directory / CONFIG_FILE, values)
 

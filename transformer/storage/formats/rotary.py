@@ -15,12 +15,14 @@ class Rotary:
 
     Attributes:
       base: where the config names none.
-      fraction: the same.
+      partial: whether a part of a head can turn; transformers ignores the key elsewhere.
+      fraction: the part, where the config names none.
       base_key, fraction_key: what transformers 4 calls them.
       local_base: of layers with a window, where these have one of their own (Gemma 3).
     """
 
     base: float = 10_000.0
+    partial: bool = False
     fraction: float = 1.0
     base_key: str = "rope_theta"
     fraction_key: str = "partial_rotary_factor"
@@ -51,6 +53,8 @@ class Rotary:
         kind = rope.take("type", str, "default")
         kind = rope.take("rope_type", str, kind)
         found["rotary_base"] = rope.take("rope_theta", float, self.base)
+        if not self.partial:
+            rope.only("partial_rotary_factor", 1.0)
         found["rotary_fraction"] = rope.take("partial_rotary_factor", float, self.fraction)
         found["rotary_window_base"] = local
         original = fields.take("original_max_position_embeddings", int | None, None)

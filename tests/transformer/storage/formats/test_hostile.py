@@ -11,7 +11,7 @@ from transformer.storage.formats import safetensors
 from transformer.storage.formats.gguf_file import read_file
 from transformer.storage.formats.huggingface import read_directory, read_tensors
 
-MUTATIONS = 1500  # of each kind of file, at about 0.3 ms
+MUTATIONS = 1000  # of each kind of file
 
 
 def mutated(rng, content: bytes) -> bytes:

@@ -93,6 +93,7 @@ def test_a_model_goes_out_as_it_came(published, tmp_path):
         ({"hidden_act": "mish"}, "hidden_act='mish' is not supported; it must be 'silu' or"),
         ({"hidden_size": "removed"}, "config.json lacks hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16' is of type str; it must be int"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"mlp_bias": True}, "mlp_bias without attention_bias is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config=.* not supported"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),

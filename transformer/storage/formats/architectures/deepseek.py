@@ -165,8 +165,8 @@ class StretchedRotary(Rotary):
         super().write(config, values)
         of_all = values.pop("_mscale_all_dim", None)
         if of_all is not None:
-            rope = values["rope_parameters"]
-            rope |= {"mscale": of_all, "mscale_all_dim": of_all}
+            for rope in values["rope_parameters"], values["rope_scaling"]:
+                rope |= {"mscale": of_all, "mscale_all_dim": of_all}
 
 
 _SIZES = (

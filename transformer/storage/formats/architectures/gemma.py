@@ -13,7 +13,7 @@ from transformer.storage.formats.family import Family
 from transformer.storage.formats.layouts import PLUS_ONE
 from transformer.storage.formats.options import Always, Chosen, Only, RootOfWidth, Same, Scale
 from transformer.storage.formats.rotary import Rotary
-from transformer.storage.formats.windows import Windows
+from transformer.storage.formats.windows import SomeLayers
 
 _SHARED = (
     *SIZES,
@@ -53,7 +53,7 @@ GEMMA = Family(
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
-    (*_SECOND, Rotary(), Windows(period=2, default=4096), Always({"norm_placement": "both"})),
+    (*_SECOND, Rotary(), SomeLayers(period=2), Always({"norm_placement": "both"})),
     _table,
 )
 GEMMA3 = Family(
@@ -62,7 +62,7 @@ GEMMA3 = Family(
     (
         *_SECOND,
         Rotary(1_000_000.0, local_base=10_000.0),
-        Windows(period=6, default=4096),
+        SomeLayers(period=6),
         Always({"norm_placement": "both", "qk_norm": True}),
     ),
     _table,

@@ -5,7 +5,7 @@ from transformer.storage.formats.layouts import SAME, STACKED
 from transformer.storage.formats.options import Always, Chosen, Same
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.tables import Named, biased
-from transformer.storage.formats.windows import Windows
+from transformer.storage.formats.windows import AllLayers
 
 LAYER, OURS = "model.layers.{n}.", "layers.{n}."
 # Norms before a sublayer; norms before it and on its output; norms on its output alone.
@@ -145,7 +145,7 @@ MISTRAL = Family(
         activation(),
         tied(),
         Rotary(),
-        Windows(all_layers=True, default=4096),
+        AllLayers(default=4096),
     ),
     table,
 )

@@ -14,10 +14,10 @@ from transformer.storage.formats.architectures.llama import (
 )
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.layouts import IN_TURNS, SAME
-from transformer.storage.formats.options import Always, Chosen, Only, Same
+from transformer.storage.formats.options import Always, Chosen, Only, Same, Unused
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.tables import Named
-from transformer.storage.formats.windows import Windows
+from transformer.storage.formats.windows import AllLayers, SomeLayers
 
 CHOSEN = Same("num_experts_per_tok", "experts_per_token")
 GATES = Chosen("norm_topk_prob", "expert_gates", {False: "all", True: "chosen"}, False)
@@ -66,7 +66,7 @@ MIXTRAL = Family(
         activation(),
         tied(),
         Rotary(1_000_000.0),
-        Windows(all_layers=True),
+        AllLayers(),
     ),
     lambda config: experts(
         config, {"gate": "w1", "down": "w2", "up": "w3"}, network="block_sparse_moe"
@@ -106,7 +106,8 @@ QWEN3_MOE = Family(
         tied(),
         ATTENTION_BIAS,
         Rotary(),
-        Windows(default=4096),
+        AllLayers(flagged=True, default=4096),
+        Unused(("max_window_layers",), "all layers have the window, or none"),
         Always({"qk_norm": True}),
     ),
     experts,
@@ -158,7 +159,7 @@ GPT_OSS = Family(
         norm_epsilon(1e-5),
         tied(),
         Rotary(150_000.0),
-        Windows(period=2, default=128),
+        SomeLayers(period=2, default=128),
         Quantised(),
         Only("attention_bias", (True,)),
         Only("hidden_act", ("silu",)),

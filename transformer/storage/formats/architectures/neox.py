@@ -54,7 +54,7 @@ GPT_NEOX = Family(
         Chosen("hidden_act", "feed_forward", UNGATED, "gelu"),
         Same("use_parallel_residual", "parallel_residual", bool, True),
         Same("tie_word_embeddings", "tie_embeddings", bool, False),
-        Rotary(fraction=0.25, base_key="rotary_emb_base", fraction_key="rotary_pct"),
+        Rotary(partial=True, fraction=0.25, base_key="rotary_emb_base", fraction_key="rotary_pct"),
         Only("attention_bias", (True,)),
         Only("is_decoder", (False, True)),
         Always({"norm": "layer", "biases": "all"}),

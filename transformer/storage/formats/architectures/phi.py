@@ -15,7 +15,7 @@ from transformer.storage.formats.layouts import GATE_UP_ROWS, QKV_ROWS
 from transformer.storage.formats.options import Only
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.tables import Named
-from transformer.storage.formats.windows import Windows
+from transformer.storage.formats.windows import AllLayers
 
 
 def _table(config):
@@ -37,8 +37,8 @@ PHI3 = Family(
         norm_epsilon(1e-5),
         activation(),
         tied(),
-        Rotary(),
-        Windows(all_layers=True),
+        Rotary(partial=True),
+        AllLayers(),
         Only("attention_bias", (False,)),
     ),
     _table,

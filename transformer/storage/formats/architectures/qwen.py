@@ -30,14 +30,14 @@ from transformer.storage.formats.layouts import (
 from transformer.storage.formats.options import Always, Only, Same
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.tables import Named
-from transformer.storage.formats.windows import Windows, shortest
+from transformer.storage.formats.windows import SomeLayers, shortest
 
 _SHARED = (*SIZES, norm_epsilon(), activation(), tied(), Rotary())
 
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
-    (*_SHARED, Windows(default=4096), Always({"biases": "qkv"})),
+    (*_SHARED, SomeLayers(), Always({"biases": "qkv"})),
     table,
 )
 QWEN3 = Family(
@@ -46,7 +46,7 @@ QWEN3 = Family(
     (
         *_SHARED,
         Same("head_dim", "head_size", int, 128),
-        Windows(default=4096),
+        SomeLayers(),
         ATTENTION_BIAS,
         Always({"qk_norm": True}),
     ),
@@ -143,7 +143,7 @@ QWEN3_NEXT = Family(
     "Qwen3NextForCausalLM",
     (
         *_SHARED[:-1],
-        Rotary(fraction=0.25),
+        Rotary(partial=True, fraction=0.25),
         Same("head_dim", "head_size", int, 256),
         NumExperts(),
         CHOSEN,
