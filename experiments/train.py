@@ -176,7 +176,7 @@ def sample(run: TrainingRun, params, step: int) -> str:
     options = run.experiment.train
     model = Model(run.model, jax.device_put(params, jax.devices()[0]), run.tokenizer)
     length = min(options.sample_length, run.model.max_length - 1)
-    prompt = [run.tokenizer.end_of_document]
+    prompt = run.tokenizer.document_start
     try:
         [completion] = generate(
             model, [prompt], max_new_tokens=length, seed=step, attention=options.attention

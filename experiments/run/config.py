@@ -91,6 +91,18 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Init:
+    """What the first step starts from.
+
+    path: a model as `transformer.load` takes it, published or our own, with whose parameters,
+      architecture and tokenizer the run goes on; config.model then gives `dtype` and `remat` only,
+      and the tokenizer's settings in config.data are not used. None: random parameters.
+    """
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """When to save, and which checkpoints to keep.
 
@@ -120,6 +132,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    init: Init = field(default_factory=Init)
 
     def __post_init__(self):
         if self.data.batch_size % self.train.accumulate:
@@ -127,11 +140,15 @@ class Experiment:
                 f"config.data.batch_size={self.data.batch_size} must be a multiple of "
                 f"config.train.accumulate={self.train.accumulate}, so that the parts are equal."
             )
-        max_length = self.architecture(vocab_size=1).max_length
-        if self.data.length > max_length:
+        model = self.architecture(vocab_size=1)
+        if self.init.path is None:
+            self.require_room(model, "config.model.max_length")
+
+    def require_room(self, model: Config, what: str) -> None:
+        """Refuses rows that are longer than a model can read; `what` names its max_length."""
+        if self.data.length > model.max_length:
             raise ValueError(
-                f"config.data.length={self.data.length} must be at most "
-                f"config.model.max_length={max_length}."
+                f"config.data.length={self.data.length} must be at most {what}={model.max_length}."
             )
 
     def architecture(self, vocab_size: int) -> Config:

@@ -21,9 +21,15 @@ from transformer.data.split import split
 from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
 from transformer.devices.mesh import make_mesh, shard_batch, state_shardings
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
-from transformer.storage.model import CONFIG_FILE, require_same_architecture
+from transformer.storage.model import (
+    CONFIG_FILE,
+    Model,
+    load,
+    read_config,
+    require_same_architecture,
+)
 from transformer.training.optimizer import OptimizerConfig, make_optimizer
-from transformer.training.step import TrainState, init_state, make_train_step
+from transformer.training.step import TrainState, first_state, init_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,15 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
     data, options = experiment.data, experiment.train
     with named_in_full("data", Data):
         training, held_out = split(read_documents(data), data.validation_fraction)
-        begun = (workdir / CONFIG_FILE).exists()
-        tokenizer = Tokenizer.load(workdir) if begun else make_tokenizer(data, training)
-    model = experiment.architecture(tokenizer.vocab_size)
+    begun = (workdir / CONFIG_FILE).exists()
+    saved = begun and bool(Checkpoints(workdir, read_only=True).steps)
+    given = None if saved or experiment.init.path is None else given_model(experiment)
+    if begun:
+        tokenizer = Tokenizer.load(workdir)
+    else:
+        with named_in_full("data", Data):
+            tokenizer = given.tokenizer if given else make_tokenizer(data, training)
+    model = architecture(experiment, tokenizer, given.config if given else None, workdir)
     if begun:
         require_same_architecture(workdir, model)
         require_same_tokenizer(workdir, experiment)
@@ -93,8 +105,12 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         )
         if start >= options.steps:
             return None
-    if state is None:
+    if state is None and given is None:
         state = jax.jit(init, out_shardings=shardings)(key)
+    elif state is None:
+        begin = partial(first_state, optimizer=optimizer, ema_decay=options.ema_decay)
+        params = jax.device_put(given.params, shardings.params)
+        state = jax.jit(begin, out_shardings=shardings)(params)
 
     with named_in_full("data", Data):
         batches = train_batches(
@@ -116,6 +132,40 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
     return TrainingRun(
         experiment, workdir, model, tokenizer, start, state, train_step, batches, validation, shard
     )
+
+
+def given_model(experiment: Experiment) -> Model:
+    """The model that a run starts from, its parameters in float32; prints what is then not used.
+
+    Raises:
+      ValueError, OSError, CheckpointError: it cannot be loaded, or has no tokenizer to train with.
+    """
+    path = experiment.init.path
+    model = load(path, dtype="float32")
+    if model.tokenizer is None or model.tokenizer.end_of_document is None:
+        lacks = "no tokenizer" if model.tokenizer is None else "a tokenizer that never ends a text"
+        raise ValueError(f"config.init.path={path!r}: the model has {lacks}; it needs one.")
+    print(
+        f"the model and its tokenizer are those of {path}; of config.model only dtype and remat "
+        "are used"
+    )
+    return model
+
+
+def architecture(
+    experiment: Experiment, tokenizer: Tokenizer, given: Config | None, workdir: Path
+) -> Config:
+    """The architecture of a run: what its config says, or that of the model it starts from.
+
+    Args:
+      given: of the model it starts from; None: it is in the work directory, if there is one.
+    """
+    own = experiment.architecture(tokenizer.vocab_size)
+    if experiment.init.path is None:
+        return own
+    model = (given or read_config(workdir)).replace(dtype=own.dtype, remat=own.remat)
+    experiment.require_room(model, "the model's max_length")
+    return model
 
 
 def shorten_warmup(experiment: Experiment) -> Experiment:

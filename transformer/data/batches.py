@@ -1,9 +1,10 @@
 """A corpus as batches: packed into rows, shuffled, sharded by process, and resumed.
 
-A tokenized corpus is one stream in which the special token begins every document and the target
-of each token is the one after it, so the target of a document's last token is the special token
-again. Rows are windows of that stream. Grain shuffles, shards and batches them. Because any row of
-any epoch can be computed alone, the state of an iterator is one integer.
+A tokenized corpus is one stream of documents, each behind the tokens that begin one. The target of
+a token is the one after it, and that of a document's last token is the token that ends a document;
+in tokenizers made here one special token does both. Rows are windows of that stream. Grain
+shuffles, shards and batches them. Because any row of any epoch can be computed alone, the state of
+an iterator is one integer.
 """
 
 import functools
@@ -24,8 +25,8 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: int32, the inputs.
-        targets: int32, the token after each input in its document; after the last, the special
-            token.
+        targets: int32, the token after each input in its document; after the last, the token that
+            ends one.
         positions: int32, the position of the input in the piece of its document that lies in this
             row. The pieces of a row are contiguous, and each counts from 0.
         weights: float32, 1 where the target counts and 0 where there is only padding.
@@ -41,8 +42,8 @@ class TokenizedCorpus(NamedTuple):
     """Documents as one stream of tokens.
 
     Attributes:
-        tokens: int32 [N + 1], each document as the special token and its text, and after the last
-            document the special token once more.
+        tokens: int32 [N + 1], each document as the tokens that begin one and its text, and after
+            the last document the token that ends one.
         starts: int64 [documents + 1], where each document begins, and N.
     """
 
@@ -59,9 +60,10 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenizedCo
     if not documents:
         raise ValueError("there are no documents to tokenize; give at least one.")
     texts = tokenizer.encode_batch([document.text for document in documents])
+    start = np.array(tokenizer.document_start, np.int32)
     end = np.array([tokenizer.end_of_document], np.int32)
-    starts = np.cumsum([0] + [1 + len(text) for text in texts])
-    tokens = np.concatenate([part for text in texts for part in (end, text)] + [end])
+    starts = np.cumsum([0] + [len(start) + len(text) for text in texts])
+    tokens = np.concatenate([part for text in texts for part in (start, text)] + [end])
     return TokenizedCorpus(tokens, starts)
 
 
@@ -106,10 +108,11 @@ class PackedRows(grain.MapDataset[Batch]):
         piece = np.searchsorted(starts, joined, side="right") - 1
         in_document = joined - starts[piece]
         source = document_starts[order[piece]] + in_document
+        last = source + 1 == document_starts[order[piece] + 1]
         real = row * self._length + columns < starts[-1]
         return Batch(
             tokens=np.where(real, tokens[source], tokens[-1]),
-            targets=np.where(real, tokens[source + 1], tokens[-1]),
+            targets=np.where(real & ~last, tokens[source + 1], tokens[-1]),
             # A document that began in an earlier row counts from the beginning of this one.
             positions=np.where(real, np.minimum(in_document, columns), 0).astype(np.int32),
             weights=real.astype(np.float32),

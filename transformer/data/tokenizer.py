@@ -95,6 +95,11 @@ class Tokenizer:
         self.chat_template, self.names = chat_template, dict(names or {})
         self.byte_lengths = np.array([len(token) for token in self._token_bytes], np.int32)
 
+    @property
+    def document_start(self) -> tuple[int, ...]:
+        """Ids that a document begins with: `begin`, or what ends the one before it."""
+        return self.begin or (self.end_of_document,)
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a text, nothing put before or behind it.
 

@@ -41,11 +41,17 @@ def init_state(
 
     @jax.jit  # one program, where every parameter by itself would be several
     def init(key):
-        params = init_params(config, key)
-        ema = None if ema_decay is None else jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+        return first_state(init_params(config, key), optimizer, ema_decay)
 
     return init(key)
+
+
+def first_state(
+    params: Params, optimizer: optax.GradientTransformation, ema_decay: float | None = None
+) -> TrainState:
+    """The state before the first step from parameters that are there, as `init_state` makes it."""
+    ema = None if ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
 
 def make_train_step(

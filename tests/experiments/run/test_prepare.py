@@ -1,12 +1,17 @@
 """Making a run ready: what is read, what is refused, and before anything is written."""
 
 import shutil
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.run.prepare import prepare, read_documents, shorten_warmup
+from transformer import load
 from transformer.storage.checkpoint import CheckpointError
 
+FIXTURES = Path(__file__).parents[2] / "transformer" / "storage" / "formats" / "fixtures"
 STEPS = 160  # of the fixture `reference`
 
 
@@ -41,6 +46,32 @@ def test_bytes_have_no_size_to_change(experiment, reference):
 def test_a_run_goes_on_only_as_it_began(experiment, reference, changes, kind, message):
     with pytest.raises(kind, match=message):
         prepare(experiment(train__steps=STEPS + 1, **changes), reference)
+
+
+def test_a_run_begins_with_a_model_that_is_there(experiment, reference, tmp_path, capsys):
+    from experiments.train import train
+
+    changes = {"init__path": str(reference), "model__width": 64, "data__tokenizer": "bpe"}
+    run = prepare(experiment(train__steps=1, **changes), tmp_path)
+    model = load(reference)
+    assert run.model == model.config and run.tokenizer.vocab_size == model.tokenizer.vocab_size
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, model.params)
+    assert "of config.model only dtype and remat are used" in capsys.readouterr().out
+    train(run)
+    assert prepare(experiment(train__steps=2, **changes), tmp_path).start == 1
+    assert "those of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init__path": str(FIXTURES / "llama")}, "the model has no tokenizer; it needs one"),
+        ({"init__path": "/nowhere"}, "/nowhere is neither a saved model nor"),
+    ],
+)
+def test_a_model_to_begin_with_must_be_one_that_can_train(experiment, tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        prepare(experiment(**changes), tmp_path / "run")
 
 
 def test_an_average_cannot_begin_late(experiment, tmp_path):

@@ -13,10 +13,11 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from transformer.data.batches import Batch, PackedRows, tokenize, train_batches, validation_batches
 from transformer.data.documents import Document
-from transformer.data.tokenizer import byte_tokenizer
+from transformer.data.tokenizer import Tokenizer, byte_tokenizer
 
 BYTES = byte_tokenizer()
 END = BYTES.end_of_document
@@ -189,7 +190,7 @@ import itertools, json, sys
 import grain, orbax.checkpoint as ocp
 from transformer.data.documents import Document
 from transformer.data.batches import train_batches
-from transformer.data.tokenizer import byte_tokenizer
+from transformer.data.tokenizer import Tokenizer, byte_tokenizer
 documents = [Document(*document) for document in json.loads(sys.argv[1])]
 iterator = iter(train_batches(documents, byte_tokenizer(), 3, 8, 5))
 with ocp.CheckpointManager(sys.argv[2]) as manager:
@@ -230,3 +231,11 @@ def test_wrong_arguments_get_clear_errors(wrong, message):
         del good["seed"]
         with pytest.raises((TypeError, ValueError), match=message):
             validation_batches(tokenizer=BYTES, **(good | wrong))
+
+
+def test_documents_begin_and_end_with_the_tokens_of_a_published_tokenizer():
+    begin, end = 7, 9
+    published = Tokenizer(Backend.from_str(BYTES._backend.to_str()), begin=[begin], ends=[end])
+    [batch] = validation_batches(numbered(2, 1), published, batch_size=1, length=5)
+    assert batch.tokens.tolist() == [[begin, 1, 2, begin, 3]]
+    assert batch.targets.tolist() == [[1, 2, end, 3, end]]
