@@ -84,7 +84,7 @@ def train(run: TrainingRun) -> int:
       DamagedRows: a file of rows in the work directory is damaged.
     """
     options, every = run.experiment.train, run.experiment.checkpoint.every
-    with contextlib.ExitStack() as opened, StopSignals() as stop:
+    with contextlib.ExitStack() as opened, StopSignals() as stop, jax.set_mesh(run.mesh):
         out = _Outputs(run, opened)
         state = run.state
         for step in range(run.start + 1, options.steps + 1):
@@ -174,7 +174,7 @@ def sample(run: TrainingRun, params, step: int) -> str:
       NotFinite: the logits are not finite.
     """
     options = run.experiment.train
-    model = Model(run.model, jax.device_put(params, jax.devices()[0]), run.tokenizer)
+    model = Model(run.model, params, run.tokenizer)
     length = min(options.sample_length, run.model.max_length - 1)
     prompt = run.tokenizer.document_start
     try:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 HOUSES = ["kernels", "transformer", "experiments"]
 # From the ground up; a room imports itself and what lies lower, and no other room of its own floor.
 FLOORS = [
-    {"checks", "config", "files"},
+    {"axes", "checks", "config", "files"},
     {"presets", "data"},
     {"numerics"},
     {"memory"},

@@ -32,7 +32,7 @@ class Data:
       all the corpus is one document, which is cut into about 100 pieces.
     tokenizer: "bytes", or "bpe" trained on the training documents.
     vocab_size: V of "bpe".
-    batch_size, length: B and T of one step, over all devices of the process.
+    batch_size, length: B and T of one step, over all devices.
     validation_fraction: the share of the documents that is held out.
     seed: the seed of the order of documents.
     """
@@ -61,8 +61,6 @@ class Train:
     seed: the seed of the initial parameters.
     attention: the backend of `kernels.attention`, also for validation and samples.
     accumulate, z_loss, ema_decay: as in `transformer.training.step.make_train_step`.
-    data_parallel: whether every batch and the optimizer's state are split over all devices of the
-      process.
     log_every, eval_every, sample_every: steps between rows of metrics, validations and samples;
       the last step has all three.
     sample_length: how many tokens a sample has at most.
@@ -74,7 +72,6 @@ class Train:
     accumulate: int = 1
     z_loss: float = 0.0
     ema_decay: float | None = None
-    data_parallel: bool = False
     log_every: int = 10
     eval_every: int = 200
     sample_every: int = 500
@@ -121,6 +118,18 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Devices:
+    """What a run is laid out on.
+
+    mesh: the size of each axis of the mesh of devices, as "data=2,fsdp=2,tensor=2"; see
+      `transformer.devices.mesh.make_mesh`. By default the rows of a batch are split over all
+      devices.
+    """
+
+    mesh: str = "data=-1"
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A whole config.
 
@@ -133,6 +142,7 @@ class Experiment:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     init: Init = field(default_factory=Init)
+    devices: Devices = field(default_factory=Devices)
 
     def __post_init__(self):
         if self.data.batch_size % self.train.accumulate:

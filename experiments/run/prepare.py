@@ -10,16 +10,18 @@ from pathlib import Path
 import jax
 import numpy as np
 from grain import DatasetIterator
+from jax.sharding import Mesh
 
 from experiments.run.changes import explain_layout, report_changes, require_same_tokenizer
-from experiments.run.config import Data, Experiment, Train, named_in_full
+from experiments.run.config import Data, Devices, Experiment, Train, named_in_full
 from transformer.config import Config
 from transformer.data.batches import Batch, train_batches, validation_batches
 from transformer.data.corpus import read_corpus
 from transformer.data.documents import Document, counted, cut, default_length
 from transformer.data.split import split
 from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
-from transformer.devices.mesh import make_mesh, shard_batch, state_shardings
+from transformer.devices.layout import shard_batch, state_shardings
+from transformer.devices.mesh import make_mesh
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
 from transformer.storage.model import (
     CONFIG_FILE,
@@ -36,14 +38,16 @@ from transformer.training.step import TrainState, first_state, init_state, make_
 class TrainingRun:
     """All that a training run is made of, ready to start.
 
-    model: the architecture. start: how many steps were done before. shard: lays a batch on the
-    devices. train_step: compiled. state: after `start` steps; `train_step` takes it over.
+    model: the architecture. mesh: the devices. start: how many steps were done before. shard: lays
+    a batch on the mesh. train_step: compiled. state: after `start` steps; `train_step` takes it
+    over.
     """
 
     experiment: Experiment
     workdir: Path
     model: Config
     tokenizer: Tokenizer
+    mesh: Mesh
     start: int
     state: TrainState
     train_step: Callable
@@ -86,7 +90,8 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         optimizer = make_optimizer(experiment.optimizer, options.steps)
     init = partial(init_state, model, optimizer, ema_decay=options.ema_decay)
     key = jax.random.key(options.seed)
-    mesh = make_mesh(None if options.data_parallel else jax.devices()[:1])
+    with named_in_full("devices", Devices):
+        mesh = make_mesh(experiment.devices.mesh)
     shardings = state_shardings(mesh, jax.eval_shape(init, key))
     with named_in_full("train", Train):
         train_step = make_train_step(
@@ -128,9 +133,20 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         batches.set_state(data_state)
     shard = partial(shard_batch, mesh)
     validation = [shard(batch) for batch in validation]
-    train_step = train_step.lower(state, validation[0]).compile()
+    with jax.set_mesh(mesh):
+        train_step = train_step.lower(state, validation[0]).compile()
     return TrainingRun(
-        experiment, workdir, model, tokenizer, start, state, train_step, batches, validation, shard
+        experiment=experiment,
+        workdir=workdir,
+        model=model,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        start=start,
+        state=state,
+        train_step=train_step,
+        batches=batches,
+        validation=validation,
+        shard=shard,
     )
 
 

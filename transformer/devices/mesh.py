@@ -1,59 +1,67 @@
-"""Several devices in one process: batches split by rows, the optimizer's state split (ZeRO-1).
+"""The mesh of devices that a run is laid out on."""
 
-Parameters are replicated, so the forward and backward pass move nothing but the gradient's sum.
-What the optimizer remembers, and the moving average, are split: each device updates its part
-(arXiv:1910.02054, stage 1). The rules say where arrays lie; the compiler adds the communication.
-"""
+import math
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-from transformer.data.batches import Batch
-from transformer.training.step import TrainState
-
-AXIS = "data"
+from transformer.axes import MESH_AXES
 
 
-def make_mesh(devices=None) -> Mesh:
-    """A mesh of one axis, "data", over the devices; None: all of them."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
+def make_mesh(sizes: str, devices=None) -> Mesh:
+    """Makes a mesh from a text such as "data=2,fsdp=2,tensor=2".
 
-
-def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where each array of a state lies: a tree like the state, of `NamedSharding`s."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    replicate = lambda tree: jax.tree.map(lambda _: replicated, tree)
-    split = lambda tree: jax.tree.map(
-        lambda x: NamedSharding(mesh, _split(x.shape, mesh.size)), tree
-    )
-    return TrainState(
-        step=replicated,
-        params=replicate(state.params),
-        optimizer_state=split(state.optimizer_state),
-        ema=split(state.ema),
-    )
-
-
-def _split(shape, parts):
-    """The first axis that divides into parts is split; an array without one is replicated.
-
-    Of stacked layers that is the layer where it can be, and Muon then works on whole matrices.
-    """
-    axis = next((n for n, size in enumerate(shape) if size % parts == 0), None)
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
-
-
-def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """A batch [B, T] with its rows split over the mesh.
+    Args:
+      sizes: the size of each axis of `transformer.axes.MESH_AXES`; one that is not named is 1, and
+        one of them may be -1, which is as many as there are devices for.
+      devices: what the mesh is made of; None: all devices of all processes. Where they are more
+        than the mesh has room for, the first ones are taken.
 
     Raises:
-      ValueError: B is no multiple of the number of devices.
+      ValueError: an axis does not exist, a size is out of its range, or there are not that many
+        devices, or, with several processes, more.
     """
-    rows = len(batch.tokens)
-    if rows % mesh.size:
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(sizes, len(devices))
+    size = math.prod(shape.values())
+    if jax.process_count() > 1 and size != len(devices):
         raise ValueError(
-            f"a batch of {rows} rows cannot be split over {mesh.size} devices; use a batch size "
-            f"that is a multiple of {mesh.size}."
+            f"mesh={sizes!r} takes {size} devices, and the {jax.process_count()} processes have "
+            f"{len(devices)}; each of them must be used, so write -1 for one of the sizes."
         )
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(shape.values()), MESH_AXES, kinds, devices=devices[:size])
+
+
+def mesh_shape(sizes: str, num_devices: int) -> dict[str, int]:
+    """The size of every axis of `make_mesh`'s mesh, as far as it is made of so many devices.
+
+    Raises:
+      ValueError: as in `make_mesh`.
+    """
+    shape = dict.fromkeys(MESH_AXES, 1)
+    for part in filter(None, sizes.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in shape:
+            raise ValueError(
+                f"mesh={sizes!r} has an axis {name!r}; the axes are {', '.join(MESH_AXES)}."
+            )
+        if not size.removeprefix("-").isdigit() or int(size) < -1 or int(size) == 0:
+            raise ValueError(
+                f"mesh={sizes!r} has {part!r}; a size is at least 1, or -1 for as many as there "
+                "are devices for."
+            )
+        shape[name] = int(size)
+    rest = [name for name, size in shape.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"mesh={sizes!r} has several sizes of -1; one axis can have it.")
+    known = math.prod(size for size in shape.values() if size != -1)
+    if known > num_devices or (rest and num_devices % known):
+        wanted = f"a multiple of {known}" if rest else str(known)
+        raise ValueError(
+            f"mesh={sizes!r} takes {wanted} devices, and there are {num_devices}. "
+            "(XLA_FLAGS=--xla_force_host_platform_device_count=N makes a CPU into N devices.)"
+        )
+    for name in rest:
+        shape[name] = num_devices // known
+    return shape

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.backends.choice import check_backend
+from transformer.axes import constrain
 from transformer.config import Config
 from transformer.memory.cache import Cache
 from transformer.numerics.numerics import FAST, Numerics
@@ -44,6 +45,7 @@ class Program:
     def _layers(self, turn, x, params):
         for spec, layer_params in zip(self._specs, params, strict=True):
             turn, x = layer(spec, layer_params, turn, x)
+            x = constrain(x, None)
         return turn, x
 
     @functools.cached_property
@@ -92,11 +94,12 @@ def embed(spec: Program, params: Params, token, i):
 
     An id or position that does not exist gives nan: JAX would take the nearest that does.
     """
-    x = jnp.asarray(params.embedding).at[token].get(mode="fill", wrap_negative_indices=False)
+    table = constrain(jnp.asarray(params.embedding), "vocabulary", None)
+    x = table.at[token].get(mode="fill", wrap_negative_indices=False)
     x = spec.numerics.rounded(x * spec.config.embedding_scale)
     if params.positions is not None:
         x = x + jnp.asarray(params.positions).at[i].get(mode="fill")  # -1 is padding, and takes any
-    return spec.numerics.rounded(x.astype(spec.config.compute_dtype))
+    return constrain(spec.numerics.rounded(x.astype(spec.config.compute_dtype)), None)
 
 
 def unembed(spec: Program, params: Params, x):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from transformer.axes import RULES
 from transformer.data.batches import Batch
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
@@ -17,9 +18,9 @@ def compute_logits(f, params, cache, batch):
     if batch.positions is None:
         positions = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
         row = lambda tokens: parallel(f, params, cache, tokens, positions)[1]
-        return jax.vmap(row)(batch.tokens)
+        return jax.vmap(row, spmd_axis_name=RULES["rows"])(batch.tokens)
     row = lambda tokens, positions: parallel(f, params, cache, tokens, positions, packed=True)[1]
-    return jax.vmap(row)(batch.tokens, batch.positions)
+    return jax.vmap(row, spmd_axis_name=RULES["rows"])(batch.tokens, batch.positions)
 
 
 def loss(

@@ -80,7 +80,9 @@ def make_train_step(
         that of the whole batch.
       z_loss: as in `loss`.
       ema_decay: of the state's moving average, in (0, 1); None: the state has none.
-      state_shardings: where the new state lies on several devices, as `sharding.state_shardings`.
+      state_shardings: where the new state lies on a mesh of several devices, as
+        `devices.layout.state_shardings` says; what is compiled must then be traced within
+        `jax.set_mesh(mesh)`.
 
     Raises:
       ValueError: accumulate or ema_decay out of range; while tracing, B is no multiple of

@@ -39,7 +39,7 @@ def said(monkeypatch):
         ("--config.train.xyz=3", "unknown field config.train.xyz."),
         ("--config.train.steps.x=3", "config.train.steps has no fields, and so no x."),
         ("--config.train.steps=many", "flag --config.train.steps=many: invalid literal for int"),
-        ("--config.train.data_parallel=perhaps", "flag --config.train.data_parallel=perhaps: "),
+        ("--config.model.qk_norm=perhaps", "flag --config.model.qk_norm=perhaps: "),
         ("--config.model.rotary_scaling.kind=ntk", "config.model.rotary_scaling is None, so that"),
         ("--confg.train.steps=3", "confg.train.steps"),
         ("--config=/nowhere.py", "the file of --config, /nowhere.py, does not exist."),

@@ -1,0 +1,189 @@
+"""Training on a mesh of eight devices equals training on one, whatever the mesh."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from transformer import Config, init_params
+from transformer.axes import MESH_AXES
+from transformer.data.batches import Batch
+from transformer.devices.layout import param_shardings, shard_batch
+
+# The number of devices is fixed when JAX starts, so eight of them take a process of their own.
+PROGRAM = """
+    import json, math, re
+    import jax, jax.numpy as jnp, numpy as np
+    from transformer.config import Config, Delta, Latent
+    from transformer.data.batches import Batch
+    from transformer.devices.layout import shard_batch, state_shardings
+    from transformer.devices.mesh import make_mesh
+    from transformer.training.optimizer import OptimizerConfig, make_optimizer
+    from transformer.training.step import init_state, make_train_step
+
+    STEPS = 5
+    dense = Config(
+        vocab_size=42, max_length=128, num_layers=2, width=8, num_heads=4, num_kv_heads=2,
+        window=32, attention_sinks=True, scan_layers=True,
+    )
+    kinds = Config(
+        vocab_size=42, max_length=32, num_layers=2, width=16, num_heads=4, num_experts=4,
+        experts_per_token=2, layer_kinds=("latent", "delta"),
+        latent=Latent(rank=8, rotary_size=4),
+        delta=Delta(num_key_heads=2, num_value_heads=4, key_size=4, value_size=4),
+        tie_embeddings=False,
+    )
+
+    def make_batches(config):
+        random, B, T = np.random.default_rng(0), 16, config.max_length
+        cells = np.arange(T, dtype=np.int32)
+        packed = np.stack([np.where(cells < cut, cells, cells - cut) for cut in range(3, 3 + B)])
+        def batch():
+            tokens, targets = random.integers(0, config.vocab_size, (2, B, T), dtype=np.int32)
+            return Batch(tokens, targets, packed, random.random((B, T), dtype=np.float32))
+        return [batch() for _ in range(STEPS)]
+
+    def train(step, state, batches):
+        metrics = []
+        for batch in batches:
+            state, values = step(state, batch)
+            metrics.append([float(values[name]) for name in ("loss", "gradient_norm")])
+        return state, metrics
+
+    def compare(config, name, accumulate, meshes):
+        optimizer = make_optimizer(OptimizerConfig(name, learning_rate=0.01, warmup_steps=1), 9)
+        options = {"accumulate": accumulate, "ema_decay": 0.9}
+        batches = make_batches(config)
+        begin = init_state(config, optimizer, jax.random.key(0), 0.9)
+        one = train(
+            make_train_step(config, optimizer, **options), jax.tree.map(jnp.copy, begin), batches
+        )
+        return {sizes: on_mesh(config, optimizer, options, begin, batches, one, sizes)
+                for sizes in meshes}
+
+    def on_mesh(config, optimizer, options, begin, batches, one, sizes):
+        mesh = make_mesh(sizes)
+        shardings = state_shardings(mesh, begin)
+        state = jax.device_put(jax.tree.map(jnp.copy, begin), shardings)
+        batches = [shard_batch(mesh, batch) for batch in batches]
+        step = make_train_step(config, optimizer, state_shardings=shardings, **options)
+        with jax.set_mesh(mesh):
+            step = step.lower(state, batches[0]).compile()
+        state, metrics = train(step, state, batches)
+        share = lambda tree: (
+            sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+            / sum(x.nbytes for x in jax.tree.leaves(tree))
+        )
+        difference = max(
+            float(np.abs(x - np.asarray(y)).max()) for x, y in zip(
+                jax.tree.leaves(one[0].params), jax.tree.leaves(state.params), strict=True)
+        )
+        moved = {}
+        for types, kind in re.findall(r"= (.*) ([a-z-]+?)(?:-start)?\\(", step.as_text()):
+            shapes = re.findall(r"\\[([\\d,]+)\\]", types)
+            arrays = [math.prod(map(int, shape.split(","))) for shape in shapes]
+            moved[kind] = max([moved.get(kind, 0), *arrays])
+        kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+        layer = sum(x.size for x in jax.tree.leaves(state.params.layers)) // config.num_layers
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        return {
+            "metrics": [one[1], metrics],
+            "difference": difference,
+            "shares": [share(state.params), share(state.optimizer_state), share(state.ema)],
+            "moved": {kind: size for kind, size in moved.items() if kind in kinds},
+            "layer": layer,
+            "activation": batches[0].tokens.size // rows // options["accumulate"] * config.width,
+        }
+
+    every = "data=2,fsdp=2,tensor=2"
+    print(json.dumps({
+        "dense": compare(dense, "muon", 2, ["data=8", "fsdp=8", "tensor=2", every]),
+        "kinds": compare(kinds, "adamw", 1, [every]),
+    }))
+"""
+MESHES = [
+    ("dense", "data=8"),
+    ("dense", "fsdp=8"),
+    ("dense", "tensor=2"),
+    ("dense", "data=2,fsdp=2,tensor=2"),
+    ("kinds", "data=2,fsdp=2,tensor=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def results():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(("model", "mesh"), MESHES)
+def test_a_mesh_trains_like_one_device(results, model, mesh):
+    result = results[model][mesh]
+    # float32 sums in another order, and five updates that divide by small moments.
+    np.testing.assert_allclose(*result["metrics"], rtol=2e-5)
+    assert result["difference"] < 0.01 * 5 * 1e-2
+
+
+def test_parameters_are_split_over_fsdp_and_the_optimizer_over_data_too(results):
+    shares = {mesh: result["shares"] for mesh, result in results["dense"].items()}
+    assert shares["data=8"][0] == 1
+    # What does not divide is whole on each device: norms, and of two heads an eighth.
+    assert max(shares["data=8"][1:]) < 0.2
+    assert max(shares["fsdp=8"]) < 0.2
+    assert shares["tensor=2"][0] < 0.6
+    assert shares["data=2,fsdp=2,tensor=2"][0] < 0.35
+    assert shares["data=2,fsdp=2,tensor=2"][1] < 0.25
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+def test_rows_of_activations_never_move(results, mesh):
+    result = results["dense"][mesh]
+    assert result["moved"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert max(result["moved"].values()) <= result["layer"] < result["activation"]
+
+
+def test_the_tensor_axis_adds_up_activations_and_gathers_none(results):
+    for mesh in ("tensor=2", "data=2,fsdp=2,tensor=2"):
+        result = results["dense"][mesh]
+        assert result["moved"]["all-gather"] <= result["layer"] < result["activation"]
+        assert result["moved"]["all-reduce"] == result["activation"]
+
+
+def abstract_mesh(**sizes):
+    return jax.sharding.AbstractMesh(tuple(sizes.get(n, 1) for n in MESH_AXES), MESH_AXES)
+
+
+def test_batches_that_do_not_divide_are_errors():
+    batch = Batch(*(np.zeros((3, 5), np.int32) for _ in range(4)))
+    with pytest.raises(ValueError, match="3 rows cannot be split over data x fsdp = 4 devices"):
+        shard_batch(abstract_mesh(data=2, fsdp=2), batch)
+    with pytest.raises(ValueError, match="rows of 5 tokens cannot be split over context=2"):
+        shard_batch(abstract_mesh(context=2), batch)
+
+
+def test_where_parameters_lie():
+    config = Config(
+        vocab_size=41, max_length=8, num_layers=2, width=16, num_heads=2, num_experts=2,
+        scan_layers=True, biases="all",
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    at = param_shardings(abstract_mesh(fsdp=2, tensor=2), params)
+    assert at.embedding.spec == P(None, "fsdp")  # 41 rows do not divide by 2
+    [layer] = at.layers
+    assert layer.mixer.output.weight.spec == P(None, "tensor", "fsdp")
+    assert layer.mixer.query.bias.spec == P(None, None)
+    assert layer.feed_forward.up.weight.spec == P(None, "tensor", "fsdp", None)
+    assert layer.feed_forward.router.weight.spec == P(None, None, None)
