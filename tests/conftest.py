@@ -27,12 +27,22 @@ settings.load_profile("unison")
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="repeats the random numbers of a run of the tests")
+    parser.addoption("--thorough", action="store_true", help="runs every combination")
 
 
 def pytest_configure(config):
     """Draws the seed of this run, unless --seed or the process that xdist began gives it."""
     given = getattr(config, "workerinput", {}).get("seed", config.getoption("--seed"))
     config.seed = secrets.randbits(32) if given is None else given
+    config.addinivalue_line("markers", "thorough: a combination that only --thorough runs")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what only --thorough runs: its parts are all in combinations that do run."""
+    if not config.getoption("--thorough"):
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="one of many combinations: --thorough"))
 
 
 @pytest.hookimpl(optionalhook=True)

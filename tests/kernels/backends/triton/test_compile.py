@@ -3,6 +3,7 @@
 These are the tests of table, launches, resources and search.
 """
 
+import itertools
 import pathlib
 from functools import partial
 
@@ -22,6 +23,7 @@ from kernels.backends.triton.launches import Launch, launch, split_size
 from kernels.backends.triton.resources import array_shapes, compiled, instructions, lower
 
 ARCHITECTURES = (80, 90, 100)
+DTYPES = ("bfloat16", "float32")
 WIDTHS = (32, 64, 128, 256)
 B, T, N, K = 2, 1056, 8, 2
 
@@ -74,9 +76,16 @@ def report(record_property):
     return write
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("H", WIDTHS)
+def combinations(*values):
+    """All combinations; without --thorough every other one, in which each pair of values is."""
+    for places in itertools.product(*(range(len(x)) for x in values)):
+        marks = [pytest.mark.thorough] if sum(places) % 2 else []
+        yield pytest.param(*(x[n] for x, n in zip(values, places, strict=True)), marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "H"), combinations(ARCHITECTURES, DTYPES, WIDTHS)
+)
 def test_shipped_kernels_fit(architecture, dtype, H, report):
     kernels = compiled(lower_training(architecture, H, dtype))
     kernels += compiled(lower_decode(architecture, H, dtype))
@@ -92,8 +101,7 @@ def test_shipped_kernels_fit(architecture, dtype, H, report):
         assert instructions(kernels[2])["HGMMA"] or H == 256
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "dtype"), combinations(ARCHITECTURES, DTYPES))
 def test_latent_attention_fits(architecture, dtype, report):
     """Keys of 192 and values of 128 for many tokens; for one, cells of 576 of which 512 are values.
 
