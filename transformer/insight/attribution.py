@@ -40,7 +40,7 @@ def gradients(f: Callable, params, cache: Cache, tokens, objective: Callable, *,
         ]
         return objective(run(intervene(f, edits), params, cache, tokens)[1])
 
-    return jax.grad(number)(still)
+    return jax.jit(jax.grad(number))(still)
 
 
 def attribution(f: Callable, params, cache: Cache, tokens, objective: Callable, *, of="cell"):

@@ -1,7 +1,6 @@
 """Whether parameters belong to an architecture."""
 
 import functools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ def check_params(config: Config, params: Params) -> None:
 @functools.lru_cache(maxsize=64)
 def param_shapes(config: Config) -> dict:
     """The arrays of a config's parameters by their paths, as `jax.ShapeDtypeStruct`s."""
-    return _shapes(jax.eval_shape(partial(init_params, config), jax.random.key(0)))
+    return _shapes(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
 
 
 def _shapes(params):

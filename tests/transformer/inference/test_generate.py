@@ -171,8 +171,8 @@ def test_capacities_are_few_and_fit(num_tokens):
     assert len({capacity_for(n) for n in range(1, 2**14, 63)}) == 11
 
 
-def compiled_phases(config, rows, capacity):
-    """The compiled text of prefill and decode loop."""
+def phases(config, rows, capacity):
+    """Prefill and decode loop, not yet compiled, and the cache."""
     f = program(config)
     shape = jax.ShapeDtypeStruct
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -182,19 +182,16 @@ def compiled_phases(config, rows, capacity):
     state = State(cache, per_row, per_row, shape((rows, 2), jnp.uint32))
     stop_ids, running = shape((8,), jnp.int32), shape((rows,), jnp.bool_)
     arguments = (f, params, state, running, Sampling.make(), stop_ids, scalar)
-    texts = (
-        _prefill.lower(*prefill).compile().as_text(),
-        decode.lower(*arguments).compile().as_text(),
-    )
-    return texts, cache
+    return _prefill.lower(*prefill), decode.lower(*arguments), cache
 
 
 @pytest.mark.parametrize(
     "config, rows",
     [(SMALL, 1), (RINGS, 3), (SMALL, 3), (HYBRID, 3), (HYBRID.replace(scan_layers=True), 1)],
 )
-def test_compiled_loops_compute_and_copy_only_what_they_need(config, rows):
-    (prefill, decode), cache = compiled_phases(config, rows, capacity=512)
+def test_compiled_loops_compute_and_copy_only_what_they_need(compiled_text, config, rows):
+    *lowered, cache = phases(config, rows, capacity=512)
+    prefill, decode = map(compiled_text, lowered)
     dots = lambda text: [line for line in text.splitlines() if re.search(r"\bdot\(|gemm", line)]
     with_vocabulary = lambda text: [
         line for line in dots(text) if re.search(r"[\[,]300[,\]]", line)

@@ -23,7 +23,7 @@ def test_attribution_is_the_slope_of_scaling_a_cell(kind, model):
         return objective(run(intervene(f, [scale(1, 4, factor)]), params, cache, tokens)[1])
 
     # float32: two ways to the same derivative.
-    np.testing.assert_allclose(found[1, 4], jax.grad(scaled)(1.0), atol=1e-4)
+    np.testing.assert_allclose(found[1, 4], jax.jit(jax.grad(scaled))(1.0), atol=1e-4)
 
 
 def linear(query, cells, visible, shared):
