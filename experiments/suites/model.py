@@ -148,4 +148,4 @@ def _tokens(config, count):
 
 
 def _bytes(tree):
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
