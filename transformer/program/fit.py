@@ -26,7 +26,8 @@ def check_params(config: Config, params: Params) -> None:
         )
     expected, given = param_shapes(config), _shapes(params)
     differences = [
-        f"{name} is {_said(given.get(name))}, and {_said(expected.get(name))} is wanted"
+        f"{name} is {_said(given.get(name), 'missing')}, and "
+        f"{_said(expected.get(name), 'none')} is wanted"
         for name in {**expected, **given}
         if not _agree(given.get(name), expected.get(name))
     ]
@@ -58,5 +59,5 @@ def _agree(given, expected):
     return jnp.shape(given) == jnp.shape(expected) and floating
 
 
-def _said(x):
-    return "missing" if x is None else f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+def _said(x, otherwise):
+    return otherwise if x is None else f"{jnp.result_type(x)}{list(jnp.shape(x))}"

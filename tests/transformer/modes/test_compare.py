@@ -83,7 +83,7 @@ HYBRID = Config(**SIZES, layer_kinds=("delta", "attention"), delta=DELTA, scan_l
 SHARED = Config(**(SIZES | {"num_layers": 3}), window=(8, None, 8), num_shared_kv_layers=1)
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(
     config=configs(),
     way=st.sampled_from(
