@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from kernels.tracing.loops import scan_parts
 from transformer.memory import instruction
 from transformer.memory.instruction import Operands, read_p, write_read_p
 from transformer.memory.memory import Memory
@@ -204,15 +205,15 @@ def _checkpoint(walk, eqn, values):
 def _scan(walk, eqn, values):
     """A loop over layers: each repeat goes through all blocks."""
     params = eqn.params
-    consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry, slices = scan_parts(eqn, values)
 
     def step(state, xs):
         inner = _Walk(walk.take)
-        results = inner.run(params["jaxpr"], [*values[:consts], *state, *xs])
+        results = inner.run(params["jaxpr"], [*consts, *state, *xs])
         return results[: len(state)], (results[len(state) :], inner.records)
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    state, (ys, records) = jax.lax.scan(step, values[consts:carry], values[carry:], **options)
+    state, (ys, records) = jax.lax.scan(step, carry, slices, **options)
     walk.records += records
     return [*state, *ys]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from kernels.tracing.loops import scan_parts
 from transformer.checks import whole_number
 from transformer.memory.instruction import read_p, write_read_p
 
@@ -166,8 +167,7 @@ def _read(eqn, levels, mode, repeat):
 
 def _scan(eqn, levels, mode, _):
     params = eqn.params
-    at = params["num_consts"], params["num_consts"] + params["num_carry"]
-    consts, carry, xs = levels[: at[0]], levels[at[0] : at[1]], levels[at[1] :]
+    consts, carry, xs = scan_parts(eqn, levels)
     ys = [_Level()] * (len(eqn.outvars) - len(carry))
     for n in range(params["length"]):
         repeat = params["length"] - 1 - n if params["reverse"] else n

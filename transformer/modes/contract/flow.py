@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from kernels.tracing.loops import scan_parts
 from transformer.memory.instruction import POSITIONS, Operands, read_p, write_read_p
 from transformer.memory.memory import Memory
 from transformer.memory.rules import Rule
@@ -356,10 +357,7 @@ class Flow:
                     self._violation(inner, rule, f"{why} It is in a rule of differentiation.")
 
     def _scan(self, eqn, values, scope):
-        consts = eqn.params["num_consts"]
-        carry = consts + eqn.params["num_carry"]
-        body = eqn.params["jaxpr"]
-        parts = values[:consts], values[consts:carry], values[carry:]
+        body, parts = eqn.params["jaxpr"], scan_parts(eqn, values)
         if _instructs(body, write_read_p):
             return self._layers(eqn, body, *parts, scope)
         self._no_blocks(eqn, parts[2])
