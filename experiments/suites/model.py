@@ -14,7 +14,7 @@ from experiments.suites.timing import Figure, compiled, timed
 from transformer.config import Config
 from transformer.data.batches import Batch
 from transformer.data.tokenizer import byte_tokenizer
-from transformer.inference.generate import capacity_for
+from transformer.inference.decode import capacity_for
 from transformer.inference.generate import generate as complete
 from transformer.modes.schedule import run
 from transformer.program.init import init_cache, init_params

@@ -12,7 +12,7 @@ from kernels import attention
 from kernels.tracing.target import target
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.inference.generate import State, decode
+from transformer.inference.decode import State, decode
 from transformer.inference.sampling import Sampling
 from transformer.program.init import init_cache, init_params
 from transformer.program.program import program

@@ -1,6 +1,6 @@
 """Completions: what a model wrote after a prompt, put together from tokens that come one by one."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,15 @@ class Completion:
         did.
       logprobs: the model's log-probability of each token, before temperature and filters.
       finish_reason: "stop" or "length".
+      top_logprobs: for each token the most likely ids in its place, with their log-probabilities,
+        the likeliest first; as many as were asked for, and an empty list where none were.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
+    top_logprobs: list[dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,20 @@ class Writer:
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else _NoText()
         self._stop_texts, self._stop_tokens = stop_texts, stop_tokens
         self._max_new_tokens = max_new_tokens
-        self._text, self._tokens, self._logprobs = "", [], []
+        self._text, self._tokens, self._logprobs, self._top_logprobs = "", [], [], []
         self._held = ""  # may be the beginning of a stop text
 
-    def push(self, token: int, logprob: float) -> str:
+    def __len__(self) -> int:
+        """How many tokens there are so far."""
+        return len(self._tokens)
+
+    def push(self, token: int, logprob: float, top: Mapping[int, float] | None = None) -> str:
         """Takes the next token and returns the text that is now certain, often the empty string.
 
         Args:
           token: an id; none may follow once the completion is whole.
           logprob: its log-probability.
+          top: the most likely ids and their log-probabilities, if they are asked for.
 
         Raises:
           FloatingPointError: the logprob is not finite.
@@ -82,6 +90,8 @@ class Writer:
             )
         self._tokens.append(token)
         self._logprobs.append(logprob)
+        if top:
+            self._top_logprobs.append(dict(top))
         if token in self._stop_tokens:
             return self._finish(self._held + self._decoder.finish(), "stop")
         text = self._held + self._decoder.push(token)
@@ -96,7 +106,9 @@ class Writer:
         return text[:certain]
 
     def _finish(self, text, reason):
-        self.completion = Completion(self._text + text, self._tokens, self._logprobs, reason)
+        self.completion = Completion(
+            self._text + text, self._tokens, self._logprobs, reason, self._top_logprobs
+        )
         return text
 
 

@@ -4,25 +4,17 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from transformer.data.chat import render
+from transformer.inference.adjust import Written
 from transformer.inference.completion import Completion, Writer
-from transformer.inference.generate import (
-    PREFILL_CHUNK,
-    State,
-    capacity_for,
-    cast_params,
-    decode,
-    stop_ids,
-)
+from transformer.inference.decode import State, capacity_for, cast_params, decode, stop_ids
 from transformer.inference.options import Options
+from transformer.inference.prefill import CHUNK, empty_row
 from transformer.inference.prompts import prompt_keys, stop_conditions
-from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
 from transformer.program.fit import check_params
-from transformer.program.init import init_cache
 from transformer.program.program import program
 
 _FIRST_CAPACITY = 2048  # cells; a conversation that outgrows them runs once again, in twice as many
@@ -44,7 +36,8 @@ class Conversation:
           model: config, params and a tokenizer with a chat template.
           system: what the model is told at the start; None: what its template says.
           **options: the fields of `transformer.inference.options.Options`, of which max_new_tokens
-            must be given, for each reply.
+            must be given, for each reply, of which there is one: num_samples, batch_size and
+            top_logprobs change nothing.
 
         Raises:
           ValueError: an option is out of range, or the model has no tokenizer or chat template.
@@ -114,10 +107,10 @@ class Conversation:
         if tokens[:done] != self._tokens[:done]:  # the template changed what was said
             done, self._cache = 0, None
         if self._cache is None:
-            self._cache = _empty(self._model.config, self._capacity)
-        for start in range(done, len(tokens) - 1, PREFILL_CHUNK):
-            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
-            padding = PREFILL_CHUNK - len(chunk)
+            self._cache = empty_row(self._model.config, self._capacity)
+        for start in range(done, len(tokens) - 1, CHUNK):
+            chunk = tokens[start : min(start + CHUNK, len(tokens) - 1)]
+            padding = CHUNK - len(chunk)
             positions = np.pad(start + np.arange(len(chunk)), (0, padding), constant_values=-1)
             ids = np.pad(chunk, (0, padding))
             self._cache = _read(
@@ -127,22 +120,23 @@ class Conversation:
 
     def _draw(self, tokens, writer):
         """Draws the reply, one token at a time."""
-        options, last = self._options, len(tokens) - 1
-        keys = prompt_keys([np.array(tokens, np.int32)], options.seed)
-        state = State(self._cache, np.int32(tokens[-1:]), np.int32([last]), keys)
+        options, prompt = self._options, np.array(tokens, np.int32)
+        adjust = options.adjustments(self._model.config.vocab_size)
+        written = None
+        if adjust.need_written:
+            written = Written.begin(prompt, self._capacity, self._model.config.vocab_size)
+            written = jax.tree.map(lambda x: x[None], written)
+        last, keys = np.int32([len(tokens) - 1]), prompt_keys([prompt], options.seed)
+        state = State(self._cache, prompt[-1:], last, keys, written)
         sampling = options.sampling(self._tokenizer.vocab_size)
         stops, running = stop_ids(self._stops[1]), np.ones(1, bool)
+        one = np.int32(1)
         while writer.completion is None:
-            state, ids, logprobs = decode(
-                self._program, self._params, state, running, sampling, stops, np.int32(1)
+            state, _, ids, logprobs = decode(
+                self._program, self._params, state, running, sampling, stops, one, one, adjust
             )
             yield writer.push(int(ids[0, 0]), float(logprobs[0, 0]))
         self._cache = state.cache
-
-
-def _empty(config, capacity) -> Cache:
-    """An empty cache of one row."""
-    return jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), init_cache(config, capacity))
 
 
 @partial(jax.jit, static_argnames="f", donate_argnames="cache")

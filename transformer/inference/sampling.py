@@ -80,7 +80,9 @@ class Sampling:
         )
 
 
-def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def sample(
+    key: jax.Array, logits: jax.Array, sampling: Sampling, *, adjusted: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Draws a token from what temperature and filters leave.
 
     The temperature comes first, then each filter sees what the one before it left: top_k, top_p,
@@ -90,13 +92,15 @@ def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.A
       key: a random key; not used at temperature 0.
       logits: [V] float32.
       sampling: the parameters.
+      adjusted: [V], the logits from which the token is drawn, as `inference.adjust` makes them;
+        None: those that came.
 
     Returns:
       token: int32.
       logprob: float32, the model's own log-probability of the token: log-softmax of the logits as
-        they came, before temperature and filters, so that it equals what `score` gives.
+        they came, before all of that, so that it equals what `score` gives.
     """
-    usable = keep_below(logits, sampling.vocab_size)
+    usable = keep_below(logits if adjusted is None else adjusted, sampling.vocab_size)
     token = jax.lax.cond(
         sampling.temperature >= SMALLEST,
         lambda: draw(key, warp(usable, sampling)),

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 
 from transformer.config import Config
 from transformer.data.tokenizer import byte_tokenizer
-from transformer.inference.generate import (
-    State,
-    _cast,
-    _prefill,
-    capacity_for,
-    decode,
-    generate,
-    stream,
-)
+from transformer.inference.decode import State, capacity_for, cast_params, decode
+from transformer.inference.generate import generate, stream
+from transformer.inference.prefill import Prefill, run_chunks
+from transformer.inference.rows import Rows
 from transformer.inference.sampling import Sampling
 from transformer.inference.score import score
 from transformer.modes.schedule import run
@@ -118,7 +113,7 @@ def test_generation_is_the_argmax_of_the_parallel_mode(prompts, config):
 
 def test_bfloat16_casts_matrices_once_and_agrees_with_the_parallel_mode(prompts):
     config = SMALL.replace(dtype="bfloat16", num_experts=4)
-    params = _cast(config, model(config).params)
+    params = cast_params(config, model(config).params)
     layer = params.layers[0]
     assert params.embedding.dtype == layer.mixer.query.weight.dtype == jnp.bfloat16
     assert layer.feed_forward.up.weight.dtype == jnp.bfloat16
@@ -177,12 +172,13 @@ def phases(config, rows, capacity):
     shape = jax.ShapeDtypeStruct
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     scalar, per_row = shape((), jnp.int32), shape((rows,), jnp.int32)
-    prefill = (config, f, params, shape((rows, capacity), jnp.int32), per_row, scalar)
-    cache = jax.eval_shape(lambda *arrays: _prefill(config, f, *arrays), *prefill[2:])
+    stack = lambda x: jnp.zeros((rows, *x.shape), x.dtype)
+    cache = jax.eval_shape(lambda: jax.tree.map(stack, init_cache(config, capacity)))
+    chunks = shape((rows, capacity), jnp.int32), per_row, shape((2,), jnp.int32)
     state = State(cache, per_row, per_row, shape((rows, 2), jnp.uint32))
     stop_ids, running = shape((8,), jnp.int32), shape((rows,), jnp.bool_)
     arguments = (f, params, state, running, Sampling.make(), stop_ids, scalar)
-    return _prefill.lower(*prefill), decode.lower(*arguments), cache
+    return run_chunks.lower(f, params, cache, *chunks), decode.lower(*arguments), cache
 
 
 @pytest.mark.parametrize(
@@ -257,6 +253,70 @@ def test_rows_end_on_their_own():
     completions = generate(reciter("abcdefghij"), prompts, max_new_tokens=8, temperature=0)
     assert [c.text for c in completions] == ["ij", "bcdefghi", "fghij", "", "hij"]
     assert [c.finish_reason for c in completions] == ["stop", "length", "stop", "stop", "stop"]
+
+
+def test_rows_that_end_make_room_for_prompts_that_wait(monkeypatch):
+    """Chains of very different lengths, 1 to 26: few steps more than 8 full rows would take."""
+    chain = "abcdefghijklmnopqrstuvwxyz"
+    batches = []
+    make = Rows.__init__
+
+    def remembered(self, *arguments):
+        make(self, *arguments)
+        batches.append(self)
+
+    monkeypatch.setattr(Rows, "__init__", remembered)
+    # Some text before, so that not only completions have different lengths.
+    prompts = ["é" * (n * 11 % 40) + chain[n * 7 % 26] for n in range(64)]
+    options = {"max_new_tokens": 30, "temperature": 0}
+    completions = generate(reciter(chain), prompts, batch_size=8, **options)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.text == chain[chain.index(prompt[-1]) + 1 :]
+    [batch] = batches
+    assert batch.size == 8
+    ideal = sum(len(completion.tokens) for completion in completions) / 8
+    assert ideal <= batch.steps_run <= 1.3 * ideal
+
+
+def test_what_prompts_begin_with_runs_once(rng):
+    m = model(RINGS)
+    shared = rng.integers(0, 256, 140).tolist()
+    prompts = [shared + rng.integers(0, 256, n).tolist() for n in (1, 30, 70)]
+    rows = [np.array(x, np.int32) for x in [*prompts, prompts[1]]]
+    prefill = Prefill(RINGS, program(RINGS), m.params, 512, rows)
+    prefill(rows)
+    # 128 in whole chunks; then each different prompt but its last token.
+    assert prefill.positions_run == 128 + sum(len(prompt) - 1 - 128 for prompt in prompts)
+    options = {"max_new_tokens": 10, "seed": 3}
+    together = generate(m, [*prompts, prompts[1]], **options)
+    for prompt, completion in zip(prompts, together, strict=False):
+        assert completion.tokens == generate(m, [prompt], **options)[0].tokens
+    samples = generate(m, prompts, num_samples=2, **options)
+    assert [samples[n].tokens for n in (0, 2, 3, 4)] == [together[n].tokens for n in (0, 1, 3, 2)]
+    assert samples[0].tokens != samples[1].tokens
+
+
+def test_logits_are_adjusted_before_a_token_is_drawn():
+    chain = "abcdefghij"
+    m = reciter(chain)
+
+    def complete(**options):
+        [completion] = generate(m, ["a"], max_new_tokens=4, **{"temperature": 0} | options)
+        return completion
+
+    plain, skips = complete(top_logprobs=2), complete(logit_bias={ord("c"): -np.inf})
+    assert plain.text == "bcde" and skips.text[0] == "b" and "c" not in skips.text
+    for token, logprob, top in zip(plain.tokens, plain.logprobs, plain.top_logprobs, strict=True):
+        assert next(iter(top)) == token and list(top.values()) == sorted(top.values())[::-1]
+        assert top[token] == pytest.approx(logprob, abs=1e-6) and len(top) == 2
+    assert complete().top_logprobs == []
+    # The model's own log-probability of what it would not have drawn.
+    assert skips.logprobs[1] < -5
+    only = jnp.isin(jnp.arange(RINGS.vocab_size), np.array([ord("x"), ord("y")]))
+    masked = complete(logits_processor=lambda logits, _: jnp.where(only, logits, -jnp.inf))
+    assert set(masked.text) <= {"x", "y"}
+    # The logit of what follows is 113; the bias exceeds it until three penalties are taken off.
+    assert complete(logit_bias={ord("b"): 300.0}, frequency_penalty=70.0).text == "bbbc"
 
 
 @pytest.mark.parametrize("every", [1, 3, 32])

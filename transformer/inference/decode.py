@@ -1,0 +1,133 @@
+"""Tokens drawn one at a time, each row of a batch at its own position.
+
+Compiled once for a number of rows and a capacity, of which there are two between one power of two
+and the next: lengths, the number of steps and the way of sampling are data.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from transformer.inference.adjust import Adjustments, Written
+from transformer.inference.sampling import Sampling, sample
+from transformer.memory.cache import Cache
+from transformer.program.experts import Experts
+from transformer.program.linear import Linear
+from transformer.program.params import Params
+
+MAX_STEPS = 32  # of generation in one call of compiled code
+MIN_CAPACITY = 512
+MIN_STOP_TOKENS = 8
+
+
+@struct.dataclass
+class State:
+    """A sequence while it is generated.
+
+    cache: what the positions before i have written. token: int32, the token at position i, not run
+    yet. key: uint32 [2], the sequence's own. written: where logits depend on it, else None.
+    """
+
+    cache: Cache
+    token: jax.Array
+    i: jax.Array
+    key: jax.Array
+    written: Written | None = None
+
+
+@partial(jax.jit, static_argnames=("f", "num_top"), donate_argnames="state")
+def decode(
+    f: Callable,
+    params: Params,
+    state: State,
+    running: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+    steps: jax.Array,
+    least: jax.Array = 1,
+    adjust: Adjustments = Adjustments(),  # noqa: B008, it is immutable
+    num_top: int = 0,
+):
+    """Draws up to `steps` tokens of each running row.
+
+    Args:
+      f, params: the program and its parameters.
+      state: with a leading axis of rows.
+      running: [B] bool. A row that does not run, or no longer, is padding.
+      sampling: how tokens are drawn.
+      stop_ids: [M]; a row that draws one stops running.
+      steps: scalar, at most MAX_STEPS.
+      least: scalar; no more steps follow where fewer rows run.
+      adjust: what is done to logits before.
+      num_top: how many of the most likely tokens are returned.
+
+    Returns:
+      state; how many steps were run; and arrays [MAX_STEPS, B, ...], of which so many are filled:
+      the tokens, their logprobs, and where num_top is not 0, the most likely ids [num_top] and
+      their logprobs. What a row drew after it stopped has no meaning.
+    """
+
+    def step(state, running):
+        cache, logits = f(params, state.cache, state.token, jnp.where(running, state.i, -1))
+        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+        adjusted = adjust(logits, state.written)
+        drawn = sample(jax.random.fold_in(key, state.i), logits, sampling, adjusted=adjusted)
+        if num_top:
+            logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), num_top)
+            drawn = *drawn, ids, logprobs
+        i, written = state.i + 1, state.written
+        written = None if written is None else written.push(drawn[0], i)
+        return State(cache, drawn[0], i, state.key, written), drawn
+
+    def unfinished(carry):
+        n, _, running, _ = carry
+        return (n < steps) & (running.sum() >= least)
+
+    def advance(carry):
+        n, state, running, drawn = carry
+        state, new = jax.vmap(step)(state, running)
+        put = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, n, 0)
+        running &= (state.token[:, None] != stop_ids).all(1)
+        return n + 1, state, running, jax.tree.map(put, drawn, new)
+
+    shapes = jax.eval_shape(lambda: jax.vmap(step)(state, running)[1])
+    drawn = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
+    n, state, _, drawn = jax.lax.while_loop(
+        unfinished, advance, (jnp.int32(0), state, running, drawn)
+    )
+    return state, n, *drawn
+
+
+def capacity_for(num_tokens: int) -> int:
+    """Cells of the cache that sequences of so many tokens get: 2^n or 3/4 of it, at least 512."""
+    capacity = _power_of_two(num_tokens, MIN_CAPACITY)
+    return max(MIN_CAPACITY, capacity * 3 // 4 if num_tokens <= capacity * 3 // 4 else capacity)
+
+
+def stop_ids(tokens) -> np.ndarray:
+    """Token ids as compiled code takes them: int32 [M], of few different sizes, filled with -1."""
+    ids = np.full(_power_of_two(len(tokens), MIN_STOP_TOKENS), -1, np.int32)
+    ids[: len(tokens)] = sorted(tokens)
+    return ids
+
+
+def cast_params(config, params: Params) -> Params:
+    """Parameters in the type in which the program uses them, so that no step casts them again."""
+    return params if config.compute_dtype == jnp.float32 else _cast(config, params)
+
+
+@partial(jax.jit, static_argnames="config")
+def _cast(config, params: Params) -> Params:
+    cast = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
+    matrices = (Linear, Experts)
+    is_matrix = lambda x: isinstance(x, matrices)
+    params = jax.tree.map(lambda x: cast(x) if is_matrix(x) else x, params, is_leaf=is_matrix)
+    return params.replace(embedding=cast(params.embedding))
+
+
+def _power_of_two(n, minimum):
+    return max(minimum, 1 << (int(n) - 1).bit_length())
