@@ -11,6 +11,7 @@ from transformer.inference.decode import MAX_STEPS
 from transformer.inference.options import Options, takes_options
 from transformer.inference.prompts import prompt_tokens, stop_conditions
 from transformer.inference.rows import Rows
+from transformer.inference.speculation import SpeculativeRows
 from transformer.program.fit import check_params
 from transformer.program.program import program
 
@@ -78,7 +79,8 @@ def stream(
 def _stream(f, model, prompts, stops, options, adjust, every):
     longest = options.max_new_tokens
     writers = [Writer(model.tokenizer, *stops, longest) for _ in prompts]
-    batch = Rows(f, model, prompts, stops[1], options, adjust)
+    kind = SpeculativeRows if options.draft else Rows
+    batch = kind(f, model, prompts, stops[1], options, adjust)
     waiting = deque(range(batch.size, len(prompts)))
     sequences = np.arange(batch.size)  # which of them each row runs
     running = np.ones(batch.size, bool)
@@ -86,14 +88,14 @@ def _stream(f, model, prompts, stops, options, adjust, every):
         left = min(longest - len(writers[n]) for n in sequences[running])
         # Where prompts are waiting, a row that stops is free at once.
         least = running.sum() if waiting else 1
-        for tokens, logprobs, tops in batch.decode(running, min(every, left), least):
-            for row in np.flatnonzero(running).tolist():
-                n = int(sequences[row])
-                text = writers[n].push(int(tokens[row]), float(logprobs[row]), tops[row])
-                completion = writers[n].completion
-                running[row] = completion is None
-                if text or completion:
-                    yield Piece(n, text, completion)
+        for row, *drawn in batch.decode(running.copy(), min(every, left), least):
+            if not running[row]:
+                continue
+            n = int(sequences[row])
+            text, completion = writers[n].push(*drawn), writers[n].completion
+            running[row] = completion is None
+            if text or completion:
+                yield Piece(n, text, completion)
         for row in np.flatnonzero(~running)[: len(waiting)].tolist():
             sequences[row] = waiting.popleft()
             batch.put(row, sequences[row])

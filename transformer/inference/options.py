@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformer.checks import whole_number
 from transformer.inference.adjust import Adjustments, bias, penalties
@@ -35,6 +36,9 @@ class Options:
       num_samples: completions of each prompt, which runs once for all of them.
       batch_size: how many sequences run at once, at least 1; where one ends, the next takes its
         place. None: all of them.
+      draft: how tokens are guessed that the model then checks several at a time, which changes the
+        speed and nothing else: a `Lookup` or a `Smaller` of `inference.speculation`; None: no
+        tokens are.
       numerics, attention: as in `program`.
       program: what runs in the place of `program(config, ...)`: one for the same parameters and
         cache, such as `intervene` makes; None: the model's own.
@@ -59,6 +63,7 @@ class Options:
     top_logprobs: int = 0
     num_samples: int = 1
     batch_size: int | None = None
+    draft: Any = None
     numerics: str = "fast"
     attention: str = "auto"
     program: Callable | None = None

@@ -12,8 +12,8 @@ from transformer.inference.options import Options
 from transformer.inference.prefill import Prefill
 from transformer.inference.prompts import prompt_keys
 
-# The tokens of a step, their logprobs, and the most likely ids of each row with theirs.
-Step = tuple[np.ndarray, np.ndarray, list[dict[int, float]]]
+# What was drawn: the row, the token, its logprob, and the most likely ids with theirs.
+Drawn = tuple[int, int, float, dict[int, float]]
 
 
 class Rows:
@@ -21,6 +21,9 @@ class Rows:
 
     Attributes:
       size: B, how many rows there are.
+      state: of all rows.
+      f, params, sampling, adjust, num_top: what `inference.decode.decode` takes.
+      prompts: of all sequences. vocab_size: V of the config. capacity: cells of a row.
       steps_run: how many steps of decoding have been run so far.
     """
 
@@ -44,47 +47,53 @@ class Rows:
           adjust: what is done to logits.
         """
         config, tokenizer = model.config, model.tokenizer
-        self._f, self._params = f, cast_params(config, model.params)
-        self._prompts, self._keys = prompts, prompt_keys(prompts, options.seed)
-        self._stops = stop_ids(stop_tokens)
-        self._sampling = options.sampling(tokenizer.vocab_size if tokenizer else None)
-        self._adjust, self._num_top = adjust, options.top_logprobs
-        self._vocab_size = config.vocab_size
-        self._capacity = capacity_for(max(map(len, prompts)) + options.max_new_tokens)
-        self._prefill = Prefill(config, f, self._params, self._capacity, prompts)
+        self.f, self.params = f, cast_params(config, model.params)
+        self.prompts, self._keys = prompts, prompt_keys(prompts, options.seed)
+        self.sampling = options.sampling(tokenizer.vocab_size if tokenizer else None)
+        self.adjust, self.num_top = adjust, options.top_logprobs
+        self.vocab_size = config.vocab_size
+        drafts = options.draft.tokens if options.draft else 0
+        self.capacity = capacity_for(max(map(len, prompts)) + options.max_new_tokens + drafts)
         self.size = min(options.batch_size or len(prompts), len(prompts))
         self.steps_run = 0
-        self._state = self._begin(range(self.size))
+        self._stops = stop_ids(stop_tokens)
+        self._prefill = Prefill(config, f, self.params, self.capacity, prompts)
+        self.state = self._begin(range(self.size))
 
     def put(self, row: int, n: int) -> None:
         """Gives a row to sequence n, whose prompt is run."""
-        self._state = _put(self._state, np.int32(row), self._begin([n]))
+        self.state = put_row(self.state, np.int32(row), self._begin([n]))
 
-    def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[Step]:
-        """Draws tokens of the running rows [B]; arguments as in `inference.decode.decode`."""
-        self._state, n, *drawn = decode(
-            self._f,
-            self._params,
-            self._state,
+    def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[Drawn]:
+        """Draws tokens of the running rows [B]; arguments as in `inference.decode.decode`.
+
+        What a row draws after the token that ends it has no meaning.
+        """
+        self.state, n, *drawn = decode(
+            self.f,
+            self.params,
+            self.state,
             running,
-            self._sampling,
+            self.sampling,
             self._stops,
             np.int32(steps),
             np.int32(least),
-            self._adjust,
-            self._num_top,
+            self.adjust,
+            self.num_top,
         )
         n = int(n)
         self.steps_run += n
-        for tokens, logprobs, *top in zip(*(np.asarray(x)[:n] for x in drawn), strict=True):
-            yield tokens, logprobs, _pairs(*top) if top else [{}] * self.size
+        drawn = [np.asarray(x) for x in drawn]
+        rows = np.flatnonzero(running).tolist()
+        for step in range(n):
+            yield from (as_drawn(row, *(x[step, row] for x in drawn)) for row in rows)
 
     def _begin(self, sequences):
         """The state of sequences whose prompts have been run."""
-        prompts = [self._prompts[n] for n in sequences]
+        prompts = [self.prompts[n] for n in sequences]
         written = None
-        if self._adjust.need_written:
-            begin = partial(Written.begin, capacity=self._capacity, vocab_size=self._vocab_size)
+        if self.adjust.need_written:
+            begin = partial(Written.begin, capacity=self.capacity, vocab_size=self.vocab_size)
             written = jax.tree.map(lambda *x: np.stack(x), *map(begin, prompts))
         return State(
             cache=self._prefill(prompts),
@@ -95,14 +104,14 @@ class Rows:
         )
 
 
-@partial(jax.jit, donate_argnames="state")
-def _put(state: State, row, one: State) -> State:
-    """The state of all rows with that of a single one in the place of `row`."""
-    put = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x[0], row, 0)
-    return jax.tree.map(put, state, one)
+def as_drawn(row: int, token, logprob, ids=(), logprobs=()) -> Drawn:
+    """What one row drew in one step, from arrays."""
+    top = dict(zip(map(int, ids), map(float, logprobs), strict=True))
+    return row, int(token), float(logprob), top
 
 
-def _pairs(ids, logprobs):
-    """For each row a dict, the likeliest first."""
-    ids, logprobs = ids.tolist(), logprobs.tolist()
-    return [dict(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+@partial(jax.jit, donate_argnames="all_rows")
+def put_row(all_rows, row, one):
+    """A tree of arrays [B, ...] with those of a tree [1, ...] in the place of `row`."""
+    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y[0], row, 0)
+    return jax.tree.map(put, all_rows, one)
