@@ -3,6 +3,9 @@
     python -m experiments.equivalence                     a small model with fresh parameters
     python -m experiments.equivalence --preset=gpt2       another shape
     python -m experiments.equivalence --workdir=runs/demo a trained model
+    python -m experiments.equivalence --numerics=exact    every bit is equal, in more ways
+    python -m experiments.equivalence --trace             where the first bits part
+    python -m experiments.equivalence --ways=sequential,batched   some of the ways
 
 Each row is one way to run the same program over the same tokens, compared with the parallel mode.
 """
@@ -23,6 +26,16 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Of the tokens, and of fresh parameters.", lower_bound=0, upper_bound=2**32 - 1
 )
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of `kernels.attention`.")
+_NUMERICS = flags.DEFINE_enum(
+    "numerics", "fast", ["fast", "exact"], "Exact: all ways give the same bits."
+)
+_TRACE = flags.DEFINE_bool(
+    "trace", False, "Name the first cell, query or read whose bits differ in the sequential mode."
+)
+_WAYS = flags.DEFINE_list("ways", None, "Which ways, by their names in the table; default: all.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Type of activations; default: the model's own."
+)
 _JSON = flags.DEFINE_bool("json", False, "One JSON object per row instead of a table.")
 
 
@@ -45,11 +58,25 @@ def _model():
     return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(_SEED.value))
 
 
+def _names(config):
+    """The ways that --ways asks for, in the order of the table."""
+    from transformer.modes.compare import ways
+
+    every = list(ways(config, _ATTENTION.value, _NUMERICS.value))
+    unknown = set(_WAYS.value or []) - set(every)
+    if unknown:
+        raise ValueError(
+            f"--ways={','.join(sorted(unknown))} does not exist; choose from {', '.join(every)}."
+        )
+    asked = {"parallel", *(_WAYS.value or every)}  # the first is what others are compared with
+    return [name for name in every if name in asked]
+
+
 def main(argv):
     del argv
     import numpy as np
 
-    from experiments.suites.equivalence import times
+    from experiments.suites.equivalence import first_parting, times
     from kernels.backends.choice import check_backend
     from transformer.modes.compare import compare
     from transformer.storage.checkpoint import CheckpointError
@@ -57,6 +84,8 @@ def main(argv):
     with cli.user_errors(ValueError, OSError, CheckpointError):
         check_backend(_ATTENTION.value)
         config, params = _model()
+        config = config.replace(dtype=_DTYPE.value or config.dtype)
+        names = _names(config)
     most = config.max_length // 2
     length = min(128, most) if _LENGTH.value is None else _LENGTH.value
     if not 2 <= length <= most:
@@ -66,10 +95,15 @@ def main(argv):
         )
     tokens = np.random.default_rng(_SEED.value).integers(0, config.vocab_size, 2 * length)
     tokens = tokens.astype(np.int32)
+    how = {"attention": _ATTENTION.value, "numerics": _NUMERICS.value}
+    if _TRACE.value:
+        with cli.user_errors(NotImplementedError):
+            print(parting(first_parting(config, params, tokens[:length], **how)))
+        return
     with cli.user_errors(NotImplementedError):
-        rows = compare(config, params, tokens[:length], _ATTENTION.value)
-        short = times(config, params, tokens[:length], _ATTENTION.value)
-        long = times(config, params, tokens, _ATTENTION.value)
+        rows = compare(config, params, tokens[:length], names=names, **how)
+        short = times(config, params, tokens[:length], names=names, **how)
+        long = times(config, params, tokens, names=names, **how)
     timed = [
         {
             **dataclasses.asdict(row),
@@ -83,6 +117,17 @@ def main(argv):
             print(json.dumps(row))
     else:
         print_table(timed, length)
+
+
+def parting(first) -> str:
+    """What `first_parting` found, in words."""
+    if first is None:
+        return "all bits are equal, of every cell, query and read and of the logits"
+    where = "the logits" if first.block is None else f"the {first.what} of block {first.block}"
+    return (
+        f"bits part first in {where}, at token {first.token}; "
+        f"the largest difference there is {first.difference:.1e}"
+    )
 
 
 def print_table(rows, length) -> None:

@@ -130,7 +130,9 @@ class _Outputs:
         write_description(workdir, run.model, run.tokenizer)
         self._checkpoints.discard_after(start)
         self.meter = Meter(run, self._metrics, self._progress)
-        self._eval_step = make_eval_step(run.model, run.experiment.train.attention)
+        self._eval_step = make_eval_step(
+            run.model, run.experiment.train.attention, run.experiment.train.numerics
+        )
 
     def validate(self, step: int, params) -> float:
         """Evaluates parameters after a step, and returns the validation loss."""
@@ -179,7 +181,12 @@ def sample(run: TrainingRun, params, step: int) -> str:
     prompt = run.tokenizer.document_start
     try:
         [completion] = generate(
-            model, [prompt], max_new_tokens=length, seed=step, attention=options.attention
+            model,
+            [prompt],
+            max_new_tokens=length,
+            seed=step,
+            numerics=options.numerics,
+            attention=options.attention,
         )
     except FloatingPointError as error:
         raise NotFinite(f"sample after step {step}: {error}") from error

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.exact import sums
+from kernels.exact.products import batched
 from kernels.tracing.partition import vary_like
 
 CHUNK = 64  # tokens at once: a power of two
@@ -32,7 +34,7 @@ FORGET = -1e4
 _product = partial(jnp.matmul, precision="highest")
 
 
-def step(state, i, q, k, v, g, beta):
+def step(state, i, q, k, v, g, beta, exact=False):
     """Writes one token into the state and reads what the state then holds: the definition.
 
     Args:
@@ -44,6 +46,7 @@ def step(state, i, q, k, v, g, beta):
       v: [N, Hv].
       g: [N], the logarithm of the decay, from -inf (the state is forgotten) to 0 (it is kept).
       beta: [N], the write strength, in [0, 1].
+      exact: whether the bits are the same whatever runs beside it.
 
     Returns:
       The new state, and z [N, Hv] in the type of q.
@@ -57,11 +60,18 @@ def step(state, i, q, k, v, g, beta):
     # k: one pass, after which the state can change in place. At 0 the old state may be nan, so
     # neither what is read from it counts, nor the gradients of k and q by it.
     read = jnp.where(i == 0, 0, jnp.stack([k, q], 1))
-    held, asked = jnp.moveaxis(_product(read, state), 1, 0)
-    kept = lambda x: jnp.where(i == 0, 0, x * jnp.exp(g).reshape(g.shape + (1,) * (x.ndim - 1)))
+    product, rounded = (batched, sums.rounded) if exact else (_product, lambda x: x)
+    inner = sums.total(q * k)[:, None] if exact else (q * k).sum(1, keepdims=True)
+    held, asked = jnp.moveaxis(product(read, state), 1, 0)
+    decay = jnp.exp(g)
+
+    def kept(x):
+        return rounded(jnp.where(i == 0, 0, x * decay.reshape(g.shape + (1,) * (x.ndim - 1))))
+
     new = beta[:, None] * (v - kept(held))
-    z = kept(asked) + (q * k).sum(1, keepdims=True) * new
-    return kept(state) + k[:, :, None] * new[:, None, :], z.astype(dtype)
+    z = kept(asked) + rounded(inner * new)
+    state = kept(state) + rounded(k[:, :, None] * new[:, None, :])
+    return state, rounded(z.astype(dtype))
 
 
 def chunk(state, i, q, k, v, g, beta):

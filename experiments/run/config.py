@@ -18,6 +18,7 @@ from ml_collections import config_dict
 
 from kernels.backends.choice import check_backend
 from transformer.config import Config, fits, wrong_type
+from transformer.numerics.numerics import Numerics
 from transformer.training.optimizer import OptimizerConfig
 
 
@@ -59,6 +60,8 @@ class Train:
 
     steps: how many there are in all.
     seed: the seed of the initial parameters.
+    numerics: "fast" or "exact", also for validation and samples. Exact steps compute the same bits
+      as `score` and `generate`.
     attention: the backend of `kernels.attention`, also for validation and samples.
     accumulate, z_loss, ema_decay: as in `transformer.training.step.make_train_step`.
     log_every, eval_every, sample_every: steps between rows of metrics, validations and samples;
@@ -68,6 +71,7 @@ class Train:
 
     steps: int = 1000
     seed: int = 0
+    numerics: str = "fast"
     attention: str = "auto"
     accumulate: int = 1
     z_loss: float = 0.0
@@ -85,6 +89,7 @@ class Train:
         if not 0 <= self.z_loss < math.inf:
             raise ValueError(f"z_loss={self.z_loss}; it must be 0 or more.")
         check_backend(self.attention)
+        Numerics(self.numerics)
 
 
 @dataclass(frozen=True)

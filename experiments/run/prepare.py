@@ -97,6 +97,7 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         train_step = make_train_step(
             model,
             optimizer,
+            numerics=options.numerics,
             attention=options.attention,
             accumulate=options.accumulate,
             z_loss=options.z_loss,

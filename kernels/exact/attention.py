@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kernels.blocks import Blocks
 from kernels.exact.order import COLUMNS
 from kernels.exact.products import batched
-from kernels.exact.sums import apart
+from kernels.exact.sums import rounded
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
@@ -29,8 +29,8 @@ def forward(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     """`attend` of a backend on blocks as they lie, without a gradient: (z, lse)."""
     B, T, N, H = q.shape
     K = blocks.arrays[0].shape[-3]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q = apart(apart(q).astype(dtype) * options.scale)
+    dtype = q.dtype
+    q = rounded(q.astype(jnp.promote_types(dtype, jnp.float32)) * options.scale)
     size = min(T, max(1, ROWS * K // N))
     tiled = functools.partial(_tiles, size=size)
     # [tiles, B, K, t, G, H]
@@ -41,7 +41,7 @@ def forward(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     whole = lambda x: jnp.moveaxis(x, 3, 2).reshape(-1, B, size, N, *x.shape[5:])
     z, lse = (jnp.moveaxis(whole(x), 0, 1) for x in (z, lse))
     z = z.reshape(B, -1, N, z.shape[-1])[:, :T]
-    return apart(z.astype(q.dtype)), lse.reshape(B, -1, N)[:, :T]
+    return rounded(z.astype(dtype)), lse.reshape(B, -1, N)[:, :T]
 
 
 def _tiles(x, size, fill=0):
@@ -82,10 +82,10 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
         visible &= (cells >= begin) & (cells < begin + TILE) & (cells < at + size)
         result = _product(q, key, turned=True)
         if options.soft_cap is not None:
-            result = apart(options.soft_cap * jnp.tanh(result / options.soft_cap))
+            result = rounded(options.soft_cap * jnp.tanh(result / options.soft_cap))
         if shared.alibi is not None:
             slopes = heads(shared.alibi)[..., None]
-            result = apart(result - apart(slopes * distance[:, None, :, None].astype(result.dtype)))
+            result = result - rounded(slopes * distance[:, None, :, None].astype(result.dtype))
         return result, visible[:, None, :, None], value
 
     def highest(begin, peak):
@@ -101,7 +101,7 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
     def add(begin, sums, mine=True):
         total, mixed = sums
         result, visible, value = scores(begin)
-        weights = apart(jnp.where(visible & mine, jnp.exp(apart(result) - peak[..., None]), 0))
+        weights = jnp.where(visible & mine, jnp.exp(result - peak[..., None]), 0)
         ones = jnp.ones((1, weights.shape[-1], COLUMNS), weights.dtype)
         part = batched(weights.reshape(1, -1, weights.shape[-1]), ones)[0, :, 0]
         return total + part.reshape(total.shape), mixed + _product(weights, value)
@@ -123,7 +123,7 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
 def _product(x, w, turned=False):
     """x [B, K, t, G, m] on a tile w [B, K, ...] -> [B, K, t, G, n]."""
     B, K, t, G, m = x.shape
-    y = batched(x.reshape(B * K, t * G, m), w.reshape(B * K, *w.shape[2:]), turned=turned)
+    y = batched(x.reshape(B * K, t * G, m), w.reshape(B * K, *w.shape[2:]), turned)
     return y.reshape(B, K, t, G, -1)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.exact.order import COLUMNS, ROWS, few_rows, order
-from kernels.exact.sums import apart
+from kernels.exact.sums import rounded
 
 MOST = 512  # terms of one chain in a batch of products
 
@@ -16,7 +16,6 @@ def product(x, w):
     (M, K), N = x.shape, w.shape[1]
     w = jnp.pad(w, ((0, 0), (0, -N % COLUMNS)))
     found = order(K, w.shape[1], x.dtype)
-    x = apart(x)
     if not found.block:
         y = _row_tiles(x, w)
     elif M == 1:
@@ -24,7 +23,7 @@ def product(x, w):
     else:
         x = jnp.pad(x, ((0, max(ROWS - M, 0)), (0, 0)))
         y = x @ w if found.whole else _in_blocks(x, w, found.block)
-    return apart(y)[:M, :N]
+    return rounded(y)[:M, :N]
 
 
 def _one_row(x, w, block):
@@ -35,12 +34,12 @@ def _one_row(x, w, block):
         return _in_blocks(x, w, block)
     # As a batch, for which the matrix is not copied.
     parts = jnp.einsum("nmk,nkf->nmf", x.reshape(-1, 1, block), w.reshape(-1, block, N))
-    return _add(apart(parts))
+    return _add(rounded(parts))
 
 
 def _in_blocks(x, w, block):
     cut = range(0, len(w), block)
-    return _add([apart(x[:, k : k + block] @ w[k : k + block]) for k in cut])
+    return _add([rounded(x[:, k : k + block] @ w[k : k + block]) for k in cut])
 
 
 def _add(parts):
@@ -50,19 +49,20 @@ def _add(parts):
 def _row_tiles(x, w):
     """Tiles of `ROWS` rows, one after the other: each is the same product."""
     tiles = jnp.pad(x, ((0, -len(x) % ROWS), (0, 0))).reshape(-1, ROWS, x.shape[1])
-    return jax.lax.map(lambda tile: apart(apart(tile) @ w), tiles).reshape(-1, w.shape[1])
+    return jax.lax.map(lambda tile: tile @ w, tiles).reshape(-1, w.shape[1])
 
 
-def batched(x, w, *, turned=False):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def batched(x, w, turned=False):
     """x [B, M, K] @ w [B, K, N] -> [B, M, N], where w is [B, N, K] if `turned`.
 
     A row is as if it were the only one, and terms of zero change nothing, wherever they stand.
+    Derivatives are those of a plain product.
     """
     M, K = x.shape[1:]
     N = w.shape[1 if turned else 2]
     w = jnp.pad(w, ((0, 0), (0, -N % COLUMNS * turned), (0, -N % COLUMNS * (not turned))))
     axis = 2 if turned else 1
-    x = apart(x)
     parts = []
     for k in range(0, K, MOST):
         size = min(MOST, K - k)
@@ -71,15 +71,48 @@ def batched(x, w, *, turned=False):
     return _add(parts)[:, :M, :N]
 
 
+@batched.defjvp
+def _batched_jvp(turned, primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return batched(x, w, turned), _einsum(dx, w, turned) + _einsum(x, dw, turned)
+
+
+def _einsum(x, w, turned):
+    return jnp.einsum("bmk,bnk->bmn" if turned else "bmk,bkn->bmn", x, w)
+
+
 def _batch(x, w, turned):
-    subscripts = "bmk,bnk->bmn" if turned else "bmk,bkn->bmn"
     rows = few_rows(x.shape[2], w.shape[1 if turned else 2], x.dtype)
     if rows:
         x = jnp.pad(x, ((0, 0), (0, max(rows - x.shape[1], 0)), (0, 0)))
-        return apart(jnp.einsum(subscripts, x, w))
+        return rounded(_einsum(x, w, turned))
     tiles = jnp.pad(x, ((0, 0), (0, -x.shape[1] % ROWS), (0, 0)))
     tiles = tiles.reshape(len(x), -1, ROWS, x.shape[2])
     one = lambda pair: jax.lax.map(
-        lambda tile: apart(jnp.einsum(subscripts, apart(tile)[None], pair[1][None])[0]), pair[0]
+        lambda tile: rounded(_einsum(tile[None], pair[1][None], turned)[0]), pair[0]
     )
     return jax.lax.map(one, (tiles, w)).reshape(len(x), -1, w.shape[1 if turned else 2])
+
+
+def grouped(x, w, sizes):
+    """Rows [M, K], of which each group of `sizes` [X] takes a matrix of its own of w [X, K, N].
+
+    As `jax.lax.ragged_dot`. Every group is cut into tiles of rows, which run one after the other.
+    """
+    M, X = len(x), len(sizes)
+    rows = 1 if X >= M else ROWS
+    tiles = -(-sizes // rows)
+    last_tile, last_row = jnp.cumsum(tiles), jnp.cumsum(sizes)
+    begin = last_row - sizes
+
+    def one(n):
+        group = jnp.minimum(jnp.searchsorted(last_tile, n, side="right"), X - 1)
+        within = (n - last_tile[group] + tiles[group]) * rows + jnp.arange(rows)
+        picked = jnp.minimum(begin[group] + within, M - 1)
+        return product(x[picked], jax.lax.dynamic_index_in_dim(w, group, keepdims=False))
+
+    made = jax.lax.map(one, jnp.arange(M if rows == 1 else M // rows + X))
+    group = jnp.minimum(jnp.searchsorted(last_row, jnp.arange(M), side="right"), X - 1)
+    place = jnp.arange(M) - begin[group]
+    tile = (last_tile - tiles)[group] + place // rows
+    return made[tile, place % rows]

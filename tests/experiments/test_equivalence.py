@@ -1,6 +1,7 @@
 """The program that compares the ways to run a model, as people start it, on a small one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def program(*flags):
+def program(*flags, **environment):
     command = [sys.executable, "-m", "experiments.equivalence", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def test_it_prints_a_row_for_each_way(saved):
@@ -35,9 +37,37 @@ def test_it_prints_a_row_for_each_way(saved):
         assert row["microseconds_per_token"] > 0 and row["growth"] > 0
 
 
+@pytest.mark.parametrize(("preset", "dtype"), [("tiny", "bfloat16"), ("tiny-gpt-oss", "float32")])
+def test_exact_numerics_give_equal_bits(preset, dtype):
+    """Compiled as people compile, with LLVM's optimisation, which other tests do without."""
+    names = ["parallel", "sequential", "inside the training step"]
+    result = program(
+        f"--preset={preset}",
+        f"--dtype={dtype}",
+        "--numerics=exact",
+        "--length=20",
+        f"--ways={','.join(names[1:])}",
+        "--json",
+        XLA_FLAGS="",
+    )
+    assert result.returncode == 0, result.stderr
+    rows = list(map(json.loads, result.stdout.splitlines()))
+    assert [(row["way"], row["equal_bits"]) for row in rows] == [(name, 1) for name in names]
+
+
+def test_the_first_bits_that_part_are_named(saved):
+    [fast] = program(f"--workdir={saved}", "--length=20", "--trace").stdout.splitlines()
+    assert fast.startswith("bits part first in ") and "at token " in fast
+    exact = program(
+        f"--workdir={saved}", "--length=20", "--trace", "--numerics=exact", XLA_FLAGS=""
+    )
+    assert exact.stdout == "all bits are equal, of every cell, query and read and of the logits\n"
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
+        ("--ways=backwards", "--ways=backwards does not exist"),
         ("--length=1", "--length=1"),
         ("--attention=fast", "attention backend 'fast' does not exist"),
         ("--workdir=nowhere", "nowhere"),

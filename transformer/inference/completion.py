@@ -1,11 +1,12 @@
 """Completions: what a model wrote after a prompt, put together from tokens that come one by one."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from transformer.data.tokenizer import IncrementalDecoder, Tokenizer
+from transformer.inference.drawn import Drawn
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Completion:
       finish_reason: "stop" or "length".
       top_logprobs: for each token the most likely ids in its place, with their log-probabilities,
         the likeliest first; as many as were asked for, and an empty list where none were.
+      truncated_logprobs: of each token the log-probability in the distribution that it was drawn
+        from, after temperature and filters; None where they were not asked for.
+      kept: [tokens, V] bool, which tokens that distribution kept; None likewise.
     """
 
     text: str
@@ -27,6 +31,8 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     top_logprobs: list[dict[int, float]]
+    truncated_logprobs: list[float] | None = None
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -65,40 +71,36 @@ class Writer:
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else _NoText()
         self._stop_texts, self._stop_tokens = stop_texts, stop_tokens
         self._max_new_tokens = max_new_tokens
-        self._text, self._tokens, self._logprobs, self._top_logprobs = "", [], [], []
+        self._text, self._drawn = "", []
         self._held = ""  # may be the beginning of a stop text
 
     def __len__(self) -> int:
         """How many tokens there are so far."""
-        return len(self._tokens)
+        return len(self._drawn)
 
-    def push(self, token: int, logprob: float, top: Mapping[int, float] | None = None) -> str:
+    def push(self, drawn: Drawn) -> str:
         """Takes the next token and returns the text that is now certain, often the empty string.
 
         Args:
-          token: an id; none may follow once the completion is whole.
-          logprob: its log-probability.
-          top: the most likely ids and their log-probabilities, if they are asked for.
+          drawn: one token; none may follow once the completion is whole.
 
         Raises:
           FloatingPointError: the logprob is not finite.
         """
-        if not np.isfinite(logprob):
+        if not np.isfinite(drawn.logprob):
             raise FloatingPointError(
-                f"the logits of new token {len(self._tokens)} are not finite; "
+                f"the logits of new token {len(self)} are not finite; "
                 "the model's parameters are damaged, or its training diverged."
             )
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        if top:
-            self._top_logprobs.append(dict(top))
+        self._drawn.append(drawn)
+        token = int(drawn.token)
         if token in self._stop_tokens:
             return self._finish(self._held + self._decoder.finish(), "stop")
         text = self._held + self._decoder.push(token)
         found = [text.find(stop) for stop in self._stop_texts if stop in text]
         if found:
             return self._finish(text[: min(found)], "stop")
-        if len(self._tokens) == self._max_new_tokens:
+        if len(self) == self._max_new_tokens:
             return self._finish(text + self._decoder.finish(), "length")
         certain = len(text) - _overlap(text, self._stop_texts)
         self._held = text[certain:]
@@ -106,8 +108,20 @@ class Writer:
         return text[:certain]
 
     def _finish(self, text, reason):
+        drawn = self._drawn
+        narrowed = [x.truncated for x in drawn if x.truncated is not None]
         self.completion = Completion(
-            self._text + text, self._tokens, self._logprobs, reason, self._top_logprobs
+            text=self._text + text,
+            tokens=[int(x.token) for x in drawn],
+            logprobs=[float(x.logprob) for x in drawn],
+            finish_reason=reason,
+            top_logprobs=[
+                dict(zip(x.top[0].tolist(), x.top[1].tolist(), strict=True))
+                for x in drawn
+                if x.top is not None
+            ],
+            truncated_logprobs=[float(logprob) for logprob, _ in narrowed] or None,
+            kept=np.stack([kept for _, kept in narrowed]) if narrowed else None,
         )
         return text
 

@@ -132,10 +132,19 @@ class Conversation:
         stops, running = stop_ids(self._stops[1]), np.ones(1, bool)
         one = np.int32(1)
         while writer.completion is None:
-            state, _, ids, logprobs = decode(
-                self._program, self._params, state, running, sampling, stops, one, one, adjust
+            state, _, drawn = decode(
+                self._program,
+                self._params,
+                state,
+                running,
+                sampling,
+                stops,
+                one,
+                one,
+                adjust,
+                options.wanted,
             )
-            yield writer.push(int(ids[0, 0]), float(logprobs[0, 0]))
+            yield writer.push(jax.tree.map(np.asarray, drawn).at(0, 0))
         self._cache = state.cache
 
 

@@ -13,8 +13,10 @@ import numpy as np
 from flax import struct
 
 from transformer.inference.adjust import Adjustments, Written
-from transformer.inference.sampling import Sampling, sample
+from transformer.inference.drawn import Drawn, Wanted, draw_token
+from transformer.inference.sampling import Sampling
 from transformer.memory.cache import Cache
+from transformer.numerics.numerics import numerics_of
 from transformer.program.experts import Experts
 from transformer.program.linear import Linear
 from transformer.program.params import Params
@@ -39,7 +41,7 @@ class State:
     written: Written | None = None
 
 
-@partial(jax.jit, static_argnames=("f", "num_top"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("f", "wanted"), donate_argnames="state")
 def decode(
     f: Callable,
     params: Params,
@@ -50,8 +52,8 @@ def decode(
     steps: jax.Array,
     least: jax.Array = 1,
     adjust: Adjustments = Adjustments(),  # noqa: B008, it is immutable
-    num_top: int = 0,
-):
+    wanted: Wanted = Wanted(),  # noqa: B008, likewise
+) -> tuple[State, jax.Array, Drawn]:
     """Draws up to `steps` tokens of each running row.
 
     Args:
@@ -63,25 +65,20 @@ def decode(
       steps: scalar, at most MAX_STEPS.
       least: scalar; no more steps follow where fewer rows run.
       adjust: what is done to logits before.
-      num_top: how many of the most likely tokens are returned.
+      wanted: what is told beside tokens and their logprobs.
 
     Returns:
-      state; how many steps were run; and arrays [MAX_STEPS, B, ...], of which so many are filled:
-      the tokens, their logprobs, and where num_top is not 0, the most likely ids [num_top] and
-      their logprobs. What a row drew after it stopped has no meaning.
+      state; how many steps were run; and what was drawn, arrays [MAX_STEPS, B, ...] of which so
+      many steps are filled. What a row drew after it stopped has no meaning.
     """
 
     def step(state, running):
         cache, logits = f(params, state.cache, state.token, jnp.where(running, state.i, -1))
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        adjusted = adjust(logits, state.written)
-        drawn = sample(jax.random.fold_in(key, state.i), logits, sampling, adjusted=adjusted)
-        if num_top:
-            logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), num_top)
-            drawn = *drawn, ids, logprobs
-        i, written = state.i + 1, state.written
-        written = None if written is None else written.push(drawn[0], i)
-        return State(cache, drawn[0], i, state.key, written), drawn
+        key, i, written = jax.random.fold_in(key, state.i), state.i + 1, state.written
+        drawn = draw_token(key, logits, written, sampling, adjust, numerics_of(f), wanted)
+        written = None if written is None else written.push(drawn.token, i)
+        return State(cache, drawn.token, i, state.key, written), drawn
 
     def unfinished(carry):
         n, _, running, _ = carry
@@ -99,7 +96,7 @@ def decode(
     n, state, _, drawn = jax.lax.while_loop(
         unfinished, advance, (jnp.int32(0), state, running, drawn)
     )
-    return state, n, *drawn
+    return state, n, drawn
 
 
 def capacity_for(num_tokens: int) -> int:

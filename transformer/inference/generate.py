@@ -88,11 +88,11 @@ def _stream(f, model, prompts, stops, options, adjust, every):
         left = min(longest - len(writers[n]) for n in sequences[running])
         # Where prompts are waiting, a row that stops is free at once.
         least = running.sum() if waiting else 1
-        for row, *drawn in batch.decode(running.copy(), min(every, left), least):
+        for row, drawn in batch.decode(running.copy(), min(every, left), least):
             if not running[row]:
                 continue
             n = int(sequences[row])
-            text, completion = writers[n].push(*drawn), writers[n].completion
+            text, completion = writers[n].push(drawn), writers[n].completion
             running[row] = completion is None
             if text or completion:
                 yield Piece(n, text, completion)

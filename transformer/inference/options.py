@@ -7,7 +7,10 @@ from typing import Any
 
 from transformer.checks import whole_number
 from transformer.inference.adjust import Adjustments, bias, penalties
+from transformer.inference.drawn import Wanted
 from transformer.inference.sampling import Sampling
+
+LOGPROBS = ("model", "truncated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,9 @@ class Options:
       draft: how tokens are guessed that the model then checks several at a time, which changes the
         speed and nothing else: a `Lookup` or a `Smaller` of `inference.speculation`; None: no
         tokens are.
+      logprobs: "model": those of the model itself, before temperature and filters; "truncated":
+        also those of the distribution that was drawn from, and which tokens it kept, one bool for
+        each id of the vocabulary and each token.
       numerics, attention: as in `program`.
       program: what runs in the place of `program(config, ...)`: one for the same parameters and
         cache, such as `intervene` makes; None: the model's own.
@@ -64,6 +70,7 @@ class Options:
     num_samples: int = 1
     batch_size: int | None = None
     draft: Any = None
+    logprobs: str = "model"
     numerics: str = "fast"
     attention: str = "auto"
     program: Callable | None = None
@@ -76,12 +83,21 @@ class Options:
         read("num_samples", whole_number("num_samples", self.num_samples, least=1))
         if self.batch_size is not None:
             read("batch_size", whole_number("batch_size", self.batch_size, least=1))
+        if self.logprobs not in LOGPROBS:
+            raise ValueError(
+                f"logprobs={self.logprobs!r} does not exist; choose one of {', '.join(LOGPROBS)}."
+            )
         self.sampling(None)
         self._penalties()
 
     def sampling(self, vocab_size: int | None) -> Sampling:
         """Returns how tokens are drawn, from ids below `vocab_size`."""
         return Sampling.make(self.temperature, self.top_k, self.top_p, self.min_p, vocab_size)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is told beside tokens and their log-probabilities."""
+        return Wanted(self.top_logprobs, self.logprobs == "truncated")
 
     def adjustments(self, vocab_size: int) -> Adjustments:
         """Returns what is done to logits [V] before that, V being the config's.

@@ -8,12 +8,10 @@ import numpy as np
 
 from transformer.inference.adjust import Adjustments, Written
 from transformer.inference.decode import State, capacity_for, cast_params, decode, stop_ids
+from transformer.inference.drawn import Drawn
 from transformer.inference.options import Options
 from transformer.inference.prefill import Prefill
 from transformer.inference.prompts import prompt_keys
-
-# What was drawn: the row, the token, its logprob, and the most likely ids with theirs.
-Drawn = tuple[int, int, float, dict[int, float]]
 
 
 class Rows:
@@ -22,7 +20,7 @@ class Rows:
     Attributes:
       size: B, how many rows there are.
       state: of all rows.
-      f, params, sampling, adjust, num_top: what `inference.decode.decode` takes.
+      f, params, sampling, adjust, wanted: what `inference.decode.decode` takes.
       prompts: of all sequences. vocab_size: V of the config. capacity: cells of a row.
       steps_run: how many steps of decoding have been run so far.
     """
@@ -50,7 +48,7 @@ class Rows:
         self.f, self.params = f, cast_params(config, model.params)
         self.prompts, self._keys = prompts, prompt_keys(prompts, options.seed)
         self.sampling = options.sampling(tokenizer.vocab_size if tokenizer else None)
-        self.adjust, self.num_top = adjust, options.top_logprobs
+        self.adjust, self.wanted = adjust, options.wanted
         self.vocab_size = config.vocab_size
         drafts = options.draft.tokens if options.draft else 0
         self.capacity = capacity_for(max(map(len, prompts)) + options.max_new_tokens + drafts)
@@ -64,12 +62,13 @@ class Rows:
         """Gives a row to sequence n, whose prompt is run."""
         self.state = put_row(self.state, np.int32(row), self._begin([n]))
 
-    def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[Drawn]:
-        """Draws tokens of the running rows [B]; arguments as in `inference.decode.decode`.
+    def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[tuple[int, Drawn]]:
+        """Draws tokens of the running rows [B]: a row's number and what it drew, in arrays.
 
+        Arguments are as in `inference.decode.decode`.
         What a row draws after the token that ends it has no meaning.
         """
-        self.state, n, *drawn = decode(
+        self.state, n, drawn = decode(
             self.f,
             self.params,
             self.state,
@@ -79,14 +78,14 @@ class Rows:
             np.int32(steps),
             np.int32(least),
             self.adjust,
-            self.num_top,
+            self.wanted,
         )
         n = int(n)
         self.steps_run += n
-        drawn = [np.asarray(x) for x in drawn]
+        drawn = jax.tree.map(np.asarray, drawn)
         rows = np.flatnonzero(running).tolist()
         for step in range(n):
-            yield from (as_drawn(row, *(x[step, row] for x in drawn)) for row in rows)
+            yield from ((row, drawn.at(step, row)) for row in rows)
 
     def _begin(self, sequences):
         """The state of sequences whose prompts have been run."""
@@ -102,12 +101,6 @@ class Rows:
             key=self._keys[list(sequences)],
             written=written,
         )
-
-
-def as_drawn(row: int, token, logprob, ids=(), logprobs=()) -> Drawn:
-    """What one row drew in one step, from arrays."""
-    top = dict(zip(map(int, ids), map(float, logprobs), strict=True))
-    return row, int(token), float(logprob), top
 
 
 @partial(jax.jit, donate_argnames="all_rows")

@@ -5,7 +5,6 @@ nothing. A filter that is off costs nothing, as long as `vmap` does not map its 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from transformer.checks import whole_number
-from transformer.numerics.log_softmax import cross_entropy
+from transformer.numerics.numerics import FAST, Numerics
 
 NO_LIMIT = np.iinfo(np.int32).max
 GROUP = 256
@@ -81,7 +80,12 @@ class Sampling:
 
 
 def sample(
-    key: jax.Array, logits: jax.Array, sampling: Sampling, *, adjusted: jax.Array | None = None
+    key: jax.Array,
+    logits: jax.Array,
+    sampling: Sampling,
+    numerics: Numerics = FAST,
+    *,
+    adjusted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws a token from what temperature and filters leave.
 
@@ -92,6 +96,7 @@ def sample(
       key: a random key; not used at temperature 0.
       logits: [V] float32.
       sampling: the parameters.
+      numerics: in exact numerics the token and its log-probability are the same in any batch.
       adjusted: [V], the logits from which the token is drawn, as `inference.adjust` makes them;
         None: those that came.
 
@@ -103,14 +108,36 @@ def sample(
     usable = keep_below(logits if adjusted is None else adjusted, sampling.vocab_size)
     token = jax.lax.cond(
         sampling.temperature >= SMALLEST,
-        lambda: draw(key, warp(usable, sampling)),
+        lambda: draw(key, warp(usable, sampling, numerics), numerics),
         lambda: jnp.argmax(usable),
     )
     token = token.astype(jnp.int32)
-    return token, -cross_entropy(logits, token)[0]
+    return token, -numerics.cross_entropy(logits, token)[0]
 
 
-def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+def kept(logits: jax.Array, sampling: Sampling, numerics: Numerics = FAST) -> jax.Array:
+    """Which tokens `sample` draws from, one at temperature 0: logits [V] -> [V] bool."""
+    usable = keep_below(logits, sampling.vocab_size)
+    return jax.lax.cond(
+        sampling.temperature >= SMALLEST,
+        lambda: warp(usable, sampling, numerics) > -jnp.inf,
+        lambda: jnp.arange(len(logits)) == jnp.argmax(usable),
+    )
+
+
+def truncated(
+    logits: jax.Array, mask: jax.Array, temperature: jax.Array, numerics: Numerics = FAST
+) -> jax.Array:
+    """Logits [..., V] of the distribution that was drawn from, of which `mask` says the tokens.
+
+    A trainer that gives its own logits and the sampler's mask gets what the sampler would have
+    drawn from with the trainer's parameters.
+    """
+    temperature = jnp.where(temperature >= SMALLEST, temperature, 1)  # one token is left at 0
+    return scale(jnp.where(mask, logits, -jnp.inf), temperature, numerics)
+
+
+def draw(key: jax.Array, logits: jax.Array, numerics: Numerics = FAST) -> jax.Array:
     """A token with probability softmax(logits): the largest of logits plus Gumbel noise, twice.
 
     First a group of ids is drawn by its total probability, then an id of the group: so V / 256 +
@@ -119,21 +146,23 @@ def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
     groups = jnp.pad(logits, (0, -len(logits) % GROUP), constant_values=-jnp.inf)
     groups = groups.reshape(-1, GROUP)
     noise = jax.random.gumbel(key, (len(groups) + GROUP,))
-    group = jnp.argmax(jax.nn.logsumexp(groups, axis=1) + noise[: len(groups)])
+    group = jnp.argmax(numerics.log_sum_exp(groups) + noise[: len(groups)])
     return group * GROUP + jnp.argmax(groups[group] + noise[len(groups) :])
 
 
-def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def warp(logits: jax.Array, sampling: Sampling, numerics: Numerics = FAST) -> jax.Array:
     """Temperature, then all filters: logits [V] -> [V], -inf where a token is not to be drawn."""
-    logits = scale(logits, sampling.temperature)
+    logits = scale(logits, sampling.temperature, numerics)
     logits = keep_top_k(logits, sampling.top_k)
-    logits = keep_top_p(logits, sampling.top_p)
+    logits = keep_top_p(logits, sampling.top_p, numerics)
     return keep_min_p(logits, sampling.min_p)
 
 
-def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+def scale(logits: jax.Array, temperature: jax.Array, numerics: Numerics = FAST) -> jax.Array:
     """Logits over temperature (above 0), shifted so that the largest is 0 and none overflows."""
-    return (logits - logits.max()) / temperature
+    # Not a division: XLA makes this product of it where the temperature is known, and only there.
+    factor = jnp.maximum(1 / temperature, SMALLEST)  # 0 times -inf would be nan
+    return numerics.rounded((logits - logits.max(-1, keepdims=True)) * factor)
 
 
 def keep_below(logits: jax.Array, vocab_size: jax.Array) -> jax.Array:
@@ -147,11 +176,11 @@ def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     return _keep_likeliest(k < logits.shape[0], logits, enough)
 
 
-def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+def keep_top_p(logits: jax.Array, p: jax.Array, numerics: Numerics = FAST) -> jax.Array:
     """The fewest tokens whose probability is p or more, with ties: nucleus (arXiv:1904.09751)."""
-    probabilities = jax.nn.softmax(logits)
-    mass = partial(jnp.vdot, b=probabilities, precision="highest")
-    return _keep_likeliest(p < 1, logits, lambda kept: mass(kept.astype(jnp.float32)) >= p)
+    probabilities = numerics.softmax(logits)
+    mass = lambda kept: numerics.inner(kept.astype(probabilities.dtype), probabilities)
+    return _keep_likeliest(p < 1, logits, lambda kept: mass(kept) >= p)
 
 
 def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import numpy as np
 
 from transformer.checks import token_ids
 from transformer.modes.schedule import parallel
-from transformer.numerics.log_softmax import cross_entropy
 from transformer.program.init import init_cache
 from transformer.program.program import program
 
@@ -57,6 +56,6 @@ def _scorer(config, numerics):
         positions = jnp.arange(len(tokens), dtype=jnp.int32)
         positions = jnp.where(positions < length, positions, -1)
         logits = parallel(f, params, init_cache(config, len(tokens)), tokens, positions)[1]
-        return -cross_entropy(logits[:-1], tokens[1:])[0]
+        return -f.numerics.cross_entropy(logits[:-1], tokens[1:])[0]
 
     return compute

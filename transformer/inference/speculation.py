@@ -18,10 +18,12 @@ import numpy as np
 from transformer.checks import whole_number
 from transformer.config import Config
 from transformer.inference.decode import State, cast_params
+from transformer.inference.drawn import Drawn, draw_token
 from transformer.inference.prefill import Prefill
-from transformer.inference.rows import Drawn, Rows, as_drawn, put_row
+from transformer.inference.rows import Rows, put_row
 from transformer.inference.sampling import sample
 from transformer.modes.schedule import parallel
+from transformer.numerics.numerics import numerics_of
 from transformer.program.program import program
 
 
@@ -91,11 +93,11 @@ class SpeculativeRows(Rows):
         super().put(row, n)
         self._drafter.begin(row, self.prompts[n])
 
-    def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[Drawn]:
+    def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[tuple[int, Drawn]]:
         """Runs one step: as many tokens of a row as its drafts were right, and one more."""
         before = np.array(self.state.token), np.array(self.state.i)  # the state is given away
         drafts = self._drafter.propose(running)
-        self.state, counts, *drawn = verify(
+        self.state, counts, drawn = verify(
             self.f,
             self.params,
             self.state,
@@ -103,18 +105,18 @@ class SpeculativeRows(Rows):
             running,
             self.sampling,
             self.adjust,
-            self.num_top,
+            self.wanted,
             self._rolls_back,
         )
         self.steps_run += 1
-        counts, drawn = np.asarray(counts), [np.asarray(x) for x in drawn]
-        self._drafter.accept(running, before, drafts, counts, drawn[0])
+        counts, drawn = np.asarray(counts), jax.tree.map(np.asarray, drawn)
+        self._drafter.accept(running, before, drafts, counts, drawn.token)
         drafts = np.asarray(drafts)
         for row in np.flatnonzero(running).tolist():
             self.drafts_made += int((drafts[row] >= 0).sum())
             self.drafts_taken += int(counts[row]) - 1
             for n in range(counts[row]):
-                yield as_drawn(row, *(x[row, n] for x in drawn))
+                yield row, drawn.at(row, n)
 
 
 def changes_cells(config: Config) -> bool:
@@ -126,12 +128,12 @@ def changes_cells(config: Config) -> bool:
     return any(kind == "delta" or window is not None for kind, window in config.layers)
 
 
-@partial(jax.jit, static_argnames=("f", "num_top", "rolls_back"), donate_argnames="state")
-def verify(f, params, state: State, drafts, running, sampling, adjust, num_top, rolls_back):
+@partial(jax.jit, static_argnames=("f", "wanted", "rolls_back"), donate_argnames="state")
+def verify(f, params, state: State, drafts, running, sampling, adjust, wanted, rolls_back):
     """Runs the token of each row and its drafts, and draws a token behind each.
 
     Args:
-      f, params, state, running, sampling, adjust, num_top: as in `inference.decode.decode`.
+      f, params, state, running, sampling, adjust, wanted: as in `inference.decode.decode`.
       drafts: [B, D], -1 behind the last.
       rolls_back: whether the tokens that count run once more, from the cache before.
 
@@ -158,22 +160,19 @@ def verify(f, params, state: State, drafts, running, sampling, adjust, num_top, 
             if written is not None:
                 push = written.push(token, i)
                 written = jax.tree.map(lambda x, y: jnp.where(i > state.i, y, x), written, push)
-            adjusted = adjust(logits, written)
-            drawn = sample(jax.random.fold_in(key, i), logits, sampling, adjusted=adjusted)
-            if num_top:
-                logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), num_top)
-                drawn = *drawn, ids, logprobs
+            own = jax.random.fold_in(key, i)
+            drawn = draw_token(own, logits, written, sampling, adjust, numerics_of(f), wanted)
             return written, (drawn, written)
 
         inputs = logits, tokens, state.i + n
         _, (drawn, written) = jax.lax.scan(draw, state.written, inputs)
-        right = jnp.cumprod((drawn[0][:-1] == drafts) & (n[1:] <= guessed)).sum()
+        right = jnp.cumprod((drawn.token[:-1] == drafts) & (n[1:] <= guessed)).sum()
         if rolls_back:
             cache = run(right + 1)[0]
-        token, i = drawn[0][right], state.i + right + 1
+        token, i = drawn.token[right], state.i + right + 1
         if written is not None:
             written = jax.tree.map(lambda x: x[right], written).push(token, i)
-        return State(cache, token, i, state.key, written), right + 1, *drawn
+        return State(cache, token, i, state.key, written), right + 1, drawn
 
     return jax.vmap(row)(state, drafts, running)
 

@@ -19,7 +19,13 @@ class DeltaRule(Memory):
     is q S.
 
     A block is the state [N, Hk, Hv], in float32 at least.
+
+    Attributes:
+      exact: whether a token's bits are the same however it runs. Tokens then follow one another,
+        which for many takes far longer.
     """
+
+    exact: bool = False
 
     def empty(self, capacity, cell):
         """Returns a state of zeros."""
@@ -29,17 +35,21 @@ class DeltaRule(Memory):
 
     def step(self, block, i, cell, query, shared):
         """Decays and corrects the state, and reads."""
-        return delta_rule.step(block, i, query, *cell)
+        return delta_rule.step(block, i, query, *cell, self.exact)
 
     def chunk(self, block, i, cells, queries, shared):
         """T tokens of one sequence, in pieces within which the rule is products of matrices."""
         if len(i) == 1:
             block, z = self.step(block, *jax.tree.map(lambda x: x[0], (i, cells, queries)), shared)
             return block, z[None]
+        if self.exact:
+            return self._scan(block, i, cells, queries, shared)
         return delta_rule.chunk(block, i, queries, *cells)
 
     def depth(self, length):
-        """Pieces follow each other."""
+        """Pieces follow each other, or tokens where they are exact."""
+        if self.exact:
+            return length
         return -(-length // delta_rule.CHUNK)
 
     def documents(self, capacity, block, i, cells, queries, shared):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from kernels import write_read as kernel
 from kernels.blocks import Blocks
 from kernels.cells import write_one
+from kernels.exact.products import batched
+from kernels.exact.sums import rounded
 from kernels.operands import Shared
 from kernels.options import Options
 from transformer.memory.memory import Memory, where
@@ -33,13 +35,14 @@ class Latent(Memory):
       rank: R.
       scale: the factor on the scores, above 0; None: 1 / sqrt(H + P).
       soft_cap: cap * tanh(score / cap) on the scaled scores; None: off.
-      backend: what runs it, as in `Softmax`.
+      backend, exact: as in `Softmax`. Exact reads take the second way always.
     """
 
     rank: int
     scale: float | None = None
     soft_cap: float | None = None
     backend: str = "auto"
+    exact: bool = False
 
     def empty(self, capacity, cell):
         """Returns latent vectors of zeros."""
@@ -104,7 +107,7 @@ class Latent(Memory):
         _, num_heads, head_size = key.shape
         # For each cell and head, making costs R (H + Hv) products once, and absorbing about 2 R
         # more for each query that reads the cell.
-        makes_all = 2 * i.shape[1] > head_size + value.shape[2]
+        makes_all = 2 * i.shape[1] > head_size + value.shape[2] and not self.exact
         q = jnp.concatenate(queries, -1) if makes_all else self._absorbed(queries, key)
 
         def keys_values(arrays):
@@ -134,14 +137,25 @@ class Latent(Memory):
     def _absorbed(self, queries, key):
         """Queries on the cells as they lie: (q [B, T, N, H], [B, T, N, P]) -> [B, T, N, R + P]."""
         q, q_position = queries
-        return jnp.concatenate(
-            [jnp.einsum("btnh,rnh->btnr", q, key.astype(q.dtype)), q_position], -1
-        )
+        return jnp.concatenate([self._of_heads("btnh,rnh->btnr", q, key), q_position], -1)
 
     def _values(self, z, value):
         """Means of cells become values: [B, T, N, R + P] -> [B, T, N, Hv]."""
-        return jnp.einsum("btnr,rnh->btnh", z[..., : self.rank], value.astype(z.dtype))
+        return self._of_heads("btnr,rnh->btnh", z[..., : self.rank], value)
+
+    def _of_heads(self, subscripts, x, matrices):
+        """x [B, T, N, ...] times the matrix of each head: [R, N, H], or its transpose."""
+        if not self.exact:
+            return jnp.einsum(subscripts, x, matrices.astype(x.dtype))
+        B, T, N, size = x.shape
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        rows = x.astype(wide).swapaxes(0, 2).reshape(N, T * B, size)
+        by_head = rounded(matrices.astype(x.dtype)).astype(wide).swapaxes(0, 1)
+        y = batched(rows, by_head, subscripts.startswith("btnh"))
+        return rounded(y.reshape(N, T, B, -1).swapaxes(0, 2).astype(x.dtype))
 
     def _options(self, query):
         size = query[0].shape[-1] + query[1].shape[-1]
-        return Options(size**-0.5 if self.scale is None else self.scale, None, self.soft_cap)
+        return Options(
+            size**-0.5 if self.scale is None else self.scale, None, self.soft_cap, self.exact
+        )

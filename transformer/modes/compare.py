@@ -1,6 +1,7 @@
 """The ways to run the same tokens, compared with the parallel mode."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,16 @@ class Row:
     gradient_difference: float | None
 
 
-def ways(config, attention="auto"):
-    """The ways to run tokens [T]: name -> function (params, tokens) -> logits [T, V]."""
-    f = program(config, attention=attention)
+# Too slow to differentiate, or a gradient is in them already.
+UNDIFFERENTIATED = ("recompute", "inside the training step", "microbatch of 1")
+
+
+def ways(config, attention="auto", numerics="fast"):
+    """The ways to run tokens [T]: name -> function (params, tokens) -> logits [T, V].
+
+    Exact numerics have more of them, since there the bits of all are compared.
+    """
+    f = program(config, numerics=numerics, attention=attention)
 
     def one(chunk=None, spare=0, mode=run):
         def way(params, tokens):
@@ -41,11 +49,36 @@ def ways(config, attention="auto"):
 
         return way
 
-    def batched(params, tokens):
-        others = [jnp.roll(tokens, n) for n in (1, 2)]
-        return jax.vmap(one(), in_axes=(None, 0))(params, jnp.stack([tokens, *others]))[0]
+    def batched(params, tokens, chunk=None):
+        rows = _among_others(tokens)
+        return jax.vmap(one(chunk), in_axes=(None, 0))(params, rows)[0]
 
-    return {
+    def reused(params, tokens):
+        """The first third was run before, for another sequence that begins alike."""
+        prefix = max(1, len(tokens) // 3)
+        cache, first = run(f, params, init_cache(config, len(tokens)), tokens[:prefix])
+        _, rest = run(f, params, cache, tokens[prefix:], start=prefix, chunk=16)
+        return jnp.concatenate([first, rest])
+
+    def trained(params, tokens, accumulate=False):
+        """The logits of the first row, where the gradient of the loss of all rows is computed."""
+
+        def loss(params, rows):
+            logits = jax.vmap(one(), in_axes=(None, 0))(params, rows)
+            nll, _ = f.numerics.cross_entropy(logits[:, :-1], rows[:, 1:])
+            return nll.mean(), logits
+
+        step = jax.value_and_grad(loss, has_aux=True)
+        rows = _among_others(tokens)
+        if accumulate:
+            (_, logits), gradient = jax.lax.map(lambda row: step(params, row[None]), rows)
+        else:
+            (_, logits), gradient = step(params, rows)
+        # The gradient is a result too, or else it would not be computed.
+        logits, _ = jax.lax.optimization_barrier((logits, gradient))
+        return logits[0].reshape(len(tokens), -1)
+
+    every = {
         "parallel": one(),
         "sequential": one(chunk=1),
         "chunks of 16": one(chunk=16),
@@ -54,15 +87,29 @@ def ways(config, attention="auto"):
         "larger capacity": one(spare=300),
         "recompute": one(mode=recompute),
     }
+    if f.numerics.exact:
+        every |= {
+            "inside the training step": trained,
+            "microbatch of 1": partial(trained, accumulate=True),
+            "generated in a batch": partial(batched, chunk=1),
+            "reused prefix": reused,
+        }
+    return every
 
 
-def compare(config, params, tokens, attention="auto", names=None) -> list[Row]:
+def _among_others(tokens):
+    """The tokens as the first of three rows."""
+    return jnp.stack([tokens, *(jnp.roll(tokens, n) for n in (1, 2))])
+
+
+def compare(config, params, tokens, attention="auto", numerics="fast", names=None) -> list[Row]:
     """Runs the tokens in several ways and compares logits and gradients with the parallel mode.
 
     Args:
       config, params: the model.
       tokens: [T] int.
       attention: backend of `kernels.attention`.
+      numerics: as in `program`.
       names: which of the `ways`, "parallel" first; None: all.
 
     Returns:
@@ -75,10 +122,10 @@ def compare(config, params, tokens, attention="auto", names=None) -> list[Row]:
         return -jnp.take_along_axis(logprobs, tokens[1:, None], axis=1).mean(), logits
 
     rows = []
-    every = ways(config, attention)
+    every = ways(config, attention, numerics)
     for name in every if names is None else names:
         way, gradient = every[name], None
-        if name == "recompute":
+        if name in UNDIFFERENTIATED:
             logits = jax.jit(way)(params, tokens)
         else:
             differentiate = jax.jit(jax.grad(lambda p, t, way=way: loss(p, t, way), has_aux=True))

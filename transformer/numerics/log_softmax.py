@@ -1,32 +1,47 @@
 """Log-probabilities: one function for the sampler, for `score` and for the loss."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from kernels.exact.sums import rounded, total
 from kernels.tracing.linear import linear_call
 
 
-@jax.custom_jvp
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def cross_entropy(
+    logits: jax.Array, targets: jax.Array, exact: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Computes cross entropy and log-sum-exp of logits.
 
     Args:
       logits: [..., V] float32 (or wider).
       targets: [...] int32 in 0..V-1.
+      exact: whether a row's bits are the same whatever rows are beside it.
 
     Returns:
       nll [...] in nats, the log-sum-exp minus the target's logit, which is minus the target's
       log-probability; and the log-sum-exp [...].
     """
-    lse = jax.nn.logsumexp(logits, axis=-1)
+    lse = log_sum_exp(logits, exact)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return lse - target, lse
 
 
+def log_sum_exp(x: jax.Array, exact: bool = False) -> jax.Array:
+    """log(sum(exp(x))) over the last axis, where -inf is a term of 0."""
+    if not exact:
+        return jax.nn.logsumexp(x, axis=-1)
+    peak = x.max(-1)
+    peak = jnp.where(peak == -jnp.inf, 0, peak)
+    return peak + rounded(jnp.log(total(jnp.exp(x - peak[..., None]))))
+
+
 @cross_entropy.defjvp
-def _cross_entropy_jvp(primals, tangents):
+def _cross_entropy_jvp(exact, primals, tangents):
     logits, targets = primals
-    nll, lse = cross_entropy(logits, targets)
+    nll, lse = cross_entropy(logits, targets, exact)
     tangents = linear_call(_tangent, _transpose, (logits, targets, lse), tangents[0])
     return (nll, lse), tangents
 

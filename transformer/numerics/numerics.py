@@ -4,11 +4,16 @@ A layer calls these and knows nothing else. Exact means that a token's bits are 
 runs: alone or with others of its sequence, in any chunk and any batch, with or without a gradient.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 from kernels.exact import sums
-from transformer.numerics.products import exact_dot
+from transformer.numerics import log_softmax
+from transformer.numerics.products import exact_dot, exact_ragged_dot
 
 NAMES = ("fast", "exact")
 
@@ -39,27 +44,83 @@ class Numerics:
 
     def dot(self, x, w):
         """x [K] @ w [K, N] -> [N], in the type of x."""
-        w = w.astype(x.dtype)
+        w = self.rounded(w.astype(x.dtype)) if w.dtype != x.dtype else w
         return exact_dot(x, w) if self.exact else x @ w
+
+    def ragged_dot(self, x, w, sizes):
+        """Rows [M, K] sorted by group, times the matrix of each, w [X, K, N]; sizes [X]."""
+        dot = exact_ragged_dot if self.exact else jax.lax.ragged_dot
+        return dot(x, w, sizes)
+
+    def mixture(self, weights, x):
+        """weights [M, k], x [M, k, N] -> [M, N], the sum of k terms."""
+        if not self.exact:
+            return jnp.einsum("mk,mke->me", weights, x)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        terms = self.rounded(weights).astype(wide)[..., None] * x.astype(wide)
+        return self.rounded(sums.total(terms.swapaxes(1, 2)).astype(x.dtype))
+
+    def softmax(self, x):
+        """Over the last axis."""
+        if not self.exact:
+            return jax.nn.softmax(x)
+        powers = jnp.exp(x - x.max(-1, keepdims=True))
+        return powers / sums.total(powers)[..., None]
 
     def mean(self, x):
         """The mean over the last axis, which is kept with one element."""
         if self.exact:
-            return sums.total(x)[..., None] / x.shape[-1]
+            return sums.rounded(sums.total(x)[..., None] / x.shape[-1])
         return x.mean(-1, keepdims=True)
 
-    def sum(self, x):
-        """The sum over the last axis, which is kept with one element."""
-        return sums.total(x)[..., None] if self.exact else x.sum(-1, keepdims=True)
+    def sum(self, x, axis=-1):
+        """The sum over one axis, which is kept with one element."""
+        if self.exact:
+            return jnp.expand_dims(sums.total(jnp.moveaxis(x, axis, -1)), axis)
+        return x.sum(axis, keepdims=True)
 
-    def alone(self, function: Callable) -> Callable:
-        """A function of arrays whose roundings do not depend on what is computed around it."""
-        return sums.alone(function) if self.exact else function
+    def inner(self, x, y):
+        """The sum of x * y, both [V]."""
+        return sums.total(x * y) if self.exact else jnp.vdot(x, y, precision="highest")
+
+    def cross_entropy(self, logits, targets):
+        """As `log_softmax.cross_entropy`: of logits [..., V] and targets [...], (nll, lse)."""
+        return log_softmax.cross_entropy(logits, targets, self.exact)
+
+    def log_sum_exp(self, x):
+        """log(sum(exp(x))) over the last axis."""
+        return log_softmax.log_sum_exp(x, self.exact)
 
     def rounded(self, x):
-        """Arrays in their type: a product as it is rounded, before it feeds a sum."""
-        return sums.apart(x) if self.exact else x
+        """x, rounded to its type: what a product must be before it feeds a sum."""
+        return sums.rounded(x) if self.exact else x
+
+    def rsqrt(self, x):
+        """1 / sqrt(x)."""
+        if not self.exact:
+            return jax.lax.rsqrt(x)
+        return 1 / self.rounded(jnp.sqrt(x))  # both rounded rightly; rsqrt is approximated
+
+    def gelu(self, x, approximate=True):
+        """GELU (arXiv:1606.08415), in its tanh form where it is approximate."""
+        if not self.exact:
+            return jax.nn.gelu(x, approximate)
+        if not approximate:
+            return 0.5 * x * jax.lax.erfc(self.rounded(-(0.5**0.5) * x))
+        inner = x + self.rounded(0.044715 * (x * x * x))
+        return 0.5 * x * (1 + jnp.tanh(self.rounded((2 / math.pi) ** 0.5 * inner)))
+
+    def softplus(self, x):
+        """log(1 + exp(x))."""
+        if not self.exact:
+            return jax.nn.softplus(x)
+        return jnp.maximum(x, 0) + self.rounded(jnp.log1p(jnp.exp(-jnp.abs(x))))
 
 
 FAST = Numerics()
 EXACT = Numerics("exact")
+
+
+def numerics_of(f: Callable) -> Numerics:
+    """What a program computes with; fast, unless it says otherwise by its `numerics`."""
+    return getattr(f, "numerics", FAST)

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.exact.products import product
-from kernels.exact.sums import apart
+from kernels.exact.products import grouped, product
+from kernels.exact.sums import rounded
 from kernels.tracing import primitive
 
 
@@ -20,8 +20,8 @@ def exact_dot(x, w):
 def _run(x, w):
     """x [M, K], w [K, N] -> [[M, N]]."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = product(apart(x).astype(wide), apart(w).astype(wide) if w.dtype != wide else w)
-    return [apart(y.astype(x.dtype))]
+    y = product(rounded(x).astype(wide), w.astype(wide))
+    return [rounded(y.astype(x.dtype))]
 
 
 def _batch(axis, operands, dims):
@@ -51,3 +51,17 @@ def _jvp(fun, primals, moving, tangents):
 
 
 exact_dot_p = primitive.define("exact_dot", _run, _batch, _jvp)
+
+
+@jax.custom_jvp
+def exact_ragged_dot(x, w, sizes):
+    """`jax.lax.ragged_dot`, a row as if it were the only one; derivatives are the plain ones."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return rounded(grouped(rounded(x).astype(wide), w.astype(wide), sizes).astype(x.dtype))
+
+
+@exact_ragged_dot.defjvp
+def _ragged_dot_jvp(primals, tangents):
+    (x, w, sizes), (dx, dw, _) = primals, tangents
+    change = jax.lax.ragged_dot(dx, w, sizes) + jax.lax.ragged_dot(x, dw, sizes)
+    return exact_ragged_dot(x, w, sizes), change

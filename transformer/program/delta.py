@@ -1,5 +1,7 @@
 """Layers of the kind "delta": the gated delta rule behind a short convolution, as in Qwen3-Next."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -7,6 +9,7 @@ from flax import struct
 from transformer.memory.cache import Turn
 from transformer.memory.cells import Window
 from transformer.memory.delta import DeltaRule
+from transformer.numerics.numerics import Numerics
 from transformer.program.linear import Linear, Norm, linear, norm, rms_norm
 from transformer.program.remat import segment
 from transformer.program.spec import LayerSpec
@@ -37,7 +40,7 @@ def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
     channels, gate, log_decay, strength = project(spec, params, x)
     turn, channels = turn.write_read(window(spec), channels, None, params.mixer.convolution)
     q, k, v = heads(spec, channels)
-    turn, z = turn.write_read(DeltaRule(), (k, v, log_decay, strength), q)
+    turn, z = turn.write_read(DeltaRule(spec.numerics.exact), (k, v, log_decay, strength), q)
     return turn, (z, gate)
 
 
@@ -47,8 +50,8 @@ def project(spec, params, x):
     mixer, sizes = params.mixer, spec.config.delta_sizes
     x = norm(spec, params.mixer_norm, x)
     wide = lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    step = jax.nn.softplus(wide(linear(spec, mixer.decay, x)) + mixer.decay_bias)
-    log_decay = -jnp.exp(mixer.log_rate) * step
+    step = spec.numerics.softplus(wide(linear(spec, mixer.decay, x)) + mixer.decay_bias)
+    log_decay = spec.numerics.rounded(-jnp.exp(mixer.log_rate) * step)
     strength = jax.nn.sigmoid(wide(linear(spec, mixer.strength, x)))
     gate = linear(spec, mixer.gate, x).reshape(sizes.num_value_heads, -1)
     return linear(spec, mixer.channels, x), gate, log_decay, strength
@@ -59,30 +62,36 @@ def heads(spec, channels):
     """Channels [C] -> q [N, Hk], k [N, Hk], both of length 1 (q over sqrt(Hk)), and v [N, Hv]."""
     sizes = spec.config.delta_sizes
     M, N, H = sizes.num_key_heads, sizes.num_value_heads, sizes.key_size
-    q, k, v = jnp.split(jax.nn.silu(channels), [M * H, 2 * M * H])
-    repeat = lambda x: jnp.repeat(_unit(x.reshape(M, H)), N // M, axis=0)
-    return repeat(q) * H**-0.5, repeat(k), v.reshape(N, -1)
+    q, k, v = jnp.split(spec.numerics.rounded(jax.nn.silu(channels)), [M * H, 2 * M * H])
+    repeat = lambda x: jnp.repeat(_unit(spec, x.reshape(M, H)), N // M, axis=0)
+    return spec.numerics.rounded(repeat(q) * H**-0.5), repeat(k), v.reshape(N, -1)
 
 
 def output(spec, params, z):
     """What was read, normed and gated, becomes the sublayer's output: [N, Hv] -> y [E]."""
     z, gate = z
     y = rms_norm(spec, z) * params.norm.scale
-    y = y * jax.nn.silu(gate.astype(y.dtype))
-    return linear(spec, params.output, y.astype(z.dtype).reshape(-1))
+    y = spec.numerics.rounded((y * jax.nn.silu(gate.astype(y.dtype))).astype(z.dtype))
+    return linear(spec, params.output, y.reshape(-1))
 
 
 def window(spec) -> Window:
     """The convolution's block: the channels of the last tokens."""
-    return Window(spec.config.delta_sizes.convolution, convolve)
+    return Window(spec.config.delta_sizes.convolution, Convolution(spec.numerics))
 
 
-def convolve(query, cells, visible, weights):
+@dataclass(frozen=True)
+class Convolution:
     """A causal depthwise convolution, one token of it: cells and weights [tokens, C] -> [C]."""
-    del query
-    wide = jnp.promote_types(cells.dtype, jnp.float32)
-    terms = jnp.where(visible[:, None], cells.astype(wide) * weights.astype(wide), 0)
-    return terms.sum(0).astype(cells.dtype)
+
+    numerics: Numerics
+
+    def __call__(self, query, cells, visible, weights):
+        """The read of a `Window`."""
+        del query
+        wide = jnp.promote_types(cells.dtype, jnp.float32)
+        terms = jnp.where(visible[:, None], cells.astype(wide) * weights.astype(wide), 0)
+        return self.numerics.rounded(self.numerics.sum(terms, axis=0)[0].astype(cells.dtype))
 
 
 def blocks(spec):
@@ -96,7 +105,10 @@ def blocks(spec):
         shape((N,), wide),
         shape((N,), wide),
     )
-    return [(window(spec), shape((_num_channels(sizes),), dtype)), (DeltaRule(), cell)]
+    return [
+        (window(spec), shape((_num_channels(sizes),), dtype)),
+        (DeltaRule(spec.numerics.exact), cell),
+    ]
 
 
 def init(spec, make, key):
@@ -128,7 +140,8 @@ def _num_channels(sizes):
     return 2 * keys + sizes.num_value_heads * sizes.value_size
 
 
-def _unit(x):
+def _unit(spec, x):
     """x of length 1, in its last axis."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    y = wide * spec.numerics.rsqrt(spec.numerics.sum(jnp.square(wide)) + 1e-6)
+    return spec.numerics.rounded(y.astype(x.dtype))

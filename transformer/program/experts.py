@@ -44,14 +44,18 @@ def mix_experts(spec, params: Experts, x):
         spec=spec,
         tree=tree,
     )
-    return y[0] if params.shared is None else y[0] + _run_shared(spec, params, x)
+    return (
+        y[0]
+        if params.shared is None
+        else spec.numerics.rounded(y[0] + _run_shared(spec, params, x))
+    )
 
 
 def route(spec, params: Experts, x):
     """Which experts a token takes, and their gates: x [E] -> gates [k], experts [k]."""
     config = spec.config
     logits = linear(spec, params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    scores = {"all": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}.get(
+    scores = {"all": spec.numerics.softmax, "sigmoid": jax.nn.sigmoid}.get(
         config.expert_gates, lambda x: x
     )
     scores = choice = scores(logits)
@@ -62,10 +66,10 @@ def route(spec, params: Experts, x):
     chosen = jax.lax.top_k(choice, config.experts_per_token)[1]
     gates = scores[chosen]
     if config.expert_gates == "chosen":
-        gates = jax.nn.softmax(gates)
+        gates = spec.numerics.softmax(gates)
     elif config.expert_gates == "sigmoid":
-        gates = gates / (gates.sum() + 1e-20)
-    return gates * config.expert_scale, chosen
+        gates = gates / (spec.numerics.sum(gates) + 1e-20)
+    return spec.numerics.rounded(gates * config.expert_scale), chosen
 
 
 def _of_best_groups(config, scores):
@@ -86,7 +90,7 @@ def _run_shared(spec, params, x):
     y = dense(spec, params.shared, x)
     if params.shared_gate is None:
         return y
-    return y * jax.nn.sigmoid(linear(spec, params.shared_gate, x))
+    return spec.numerics.rounded(y * jax.nn.sigmoid(linear(spec, params.shared_gate, x)))
 
 
 def _run(x, gates, chosen, *weights, spec, tree):
@@ -97,14 +101,14 @@ def _run(x, gates, chosen, *weights, spec, tree):
     sizes = (expert[:, None] == jnp.arange(spec.config.num_experts)).sum(0, dtype=jnp.int32)
 
     def linear(params, rows):
-        y = jax.lax.ragged_dot(rows, params.weight, sizes)
-        return y if params.bias is None else y + params.bias[expert]
+        y = spec.numerics.ragged_dot(rows, params.weight, sizes)
+        return y if params.bias is None else spec.numerics.rounded(y + params.bias[expert])
 
     rows = x[order // k]
     gate = None if experts.gate is None else linear(experts.gate, rows)
     hidden = activate(spec, linear(experts.up, rows), gate)
     rows = linear(experts.down, hidden)[jnp.argsort(order)]
-    return [jnp.einsum("mk,mke->me", gates, rows.reshape(*chosen.shape, -1))]
+    return [spec.numerics.mixture(gates, rows.reshape(*chosen.shape, -1))]
 
 
 def _batch(axis, operands, dims, **static):

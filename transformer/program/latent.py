@@ -65,7 +65,11 @@ def memory(spec) -> Latent:
     """How the layer's block is written and read."""
     config = spec.config
     return Latent(
-        config.latent.rank, config.attention_scale, config.attention_soft_cap, spec.backend
+        config.latent.rank,
+        config.attention_scale,
+        config.attention_soft_cap,
+        spec.backend,
+        spec.numerics.exact,
     )
 
 

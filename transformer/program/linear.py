@@ -27,26 +27,22 @@ class Norm:
 def linear(spec, params: Linear, x):
     """x [in] -> [out], computed in x's dtype."""
     y = spec.numerics.dot(x, params.weight)
-    return y if params.bias is None else y + params.bias.astype(x.dtype)
+    return y if params.bias is None else spec.numerics.rounded(y + params.bias.astype(x.dtype))
 
 
 def norm(spec, params: Norm | None, x):
     """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, in float32; None: identity."""
     if params is None:
         return x
-
-    def normed(x, params):
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if spec.config.norm == "layer":
-            y = y - spec.numerics.mean(y)
-        y = spec.numerics.rounded(rms_norm(spec, y) * params.scale)
-        return (y if params.bias is None else y + params.bias).astype(x.dtype)
-
-    return spec.numerics.alone(normed)(x, params)
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if spec.config.norm == "layer":
+        y = y - spec.numerics.mean(y)
+    y = spec.numerics.rounded(rms_norm(spec, y) * params.scale)
+    return spec.numerics.rounded((y if params.bias is None else y + params.bias).astype(x.dtype))
 
 
 def rms_norm(spec, x):
     """x over the root of its mean square, in the last axis; in float32 or wider."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = spec.numerics.mean(jnp.square(x))
-    return x * jax.lax.rsqrt(mean_square + spec.config.norm_epsilon)
+    return x * spec.numerics.rsqrt(mean_square + spec.config.norm_epsilon)

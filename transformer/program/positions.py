@@ -17,17 +17,13 @@ def rotate(spec, x, i, size=None):
     frequencies, magnitude = rotary_frequencies(spec.config, size)
     rounded = spec.numerics.rounded
     wide = jnp.promote_types(x.dtype, jnp.float32)
-
-    def turn(x, i):
-        angle = rounded(i.astype(jnp.float32) * frequencies)
-        cos, sin = rounded([magnitude * f(angle).astype(wide) for f in (jnp.cos, jnp.sin)])
-        half = size // 2
-        a, b = (x[:, n * half : (n + 1) * half].astype(wide) for n in (0, 1))
-        turned = [rounded(a * cos) - b * sin, rounded(b * cos) + a * sin]
-        turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
-        return jnp.concatenate([turned, x[:, 2 * half :]], axis=-1)
-
-    return spec.numerics.alone(turn)(x, i)
+    angle = rounded(i.astype(jnp.float32) * frequencies)
+    cos, sin = (magnitude * f(angle).astype(wide) for f in (jnp.cos, jnp.sin))
+    half = size // 2
+    a, b = (x[:, n * half : (n + 1) * half].astype(wide) for n in (0, 1))
+    turned = [rounded(a * cos) - rounded(b * sin), rounded(b * cos) + rounded(a * sin)]
+    turned = rounded(jnp.concatenate(turned, axis=-1).astype(x.dtype))
+    return jnp.concatenate([turned, x[:, 2 * half :]], axis=-1)
 
 
 @functools.lru_cache

@@ -17,8 +17,6 @@ from transformer.program.linear import linear, norm
 from transformer.program.params import Params
 from transformer.program.spec import layer_specs
 
-EXACT = {"attention"}  # kinds of layers that exact numerics run
-
 
 @dataclass(frozen=True)
 class Program:
@@ -72,14 +70,8 @@ def program(config: Config, *, numerics: str = "fast", attention: str = "auto") 
     Raises:
       ValueError: numerics or attention name nothing that exists, or dtype is "float64" where JAX's
         64-bit types are off.
-      NotImplementedError: exact numerics do not run some layer of the config.
     """
     arithmetic = Numerics(numerics)
-    if arithmetic.exact and (config.num_experts or {kind for kind, _ in config.layers} - EXACT):
-        raise NotImplementedError(
-            f"numerics='exact' runs layers of the kinds {', '.join(EXACT)}, without experts; use "
-            "numerics='fast'."
-        )
     check_backend(attention)
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError(
@@ -113,4 +105,4 @@ def unembed(spec: Program, params: Params, x):
     cap = spec.config.logit_soft_cap
     if cap is None:
         return logits
-    return spec.numerics.alone(lambda logits: cap * jnp.tanh(logits / cap))(logits)
+    return spec.numerics.rounded(cap * jnp.tanh(logits / cap))

@@ -8,24 +8,26 @@ import numpy as np
 
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.numerics.log_softmax import cross_entropy
 from transformer.program.params import Params
 from transformer.program.program import program
 from transformer.training.loss import compute_logits, row_cache
 
 
-def make_eval_step(config: Config, attention: str = "auto") -> Callable[[Params, Batch], jax.Array]:
+def make_eval_step(
+    config: Config, attention: str = "auto", numerics: str = "fast"
+) -> Callable[[Params, Batch], jax.Array]:
     """Makes a compiled `eval_step(params, batch) -> nll [B, T]` in nats, weights not applied.
 
     Raises:
       ValueError: while tracing, T exceeds config.max_length.
     """
-    f = program(config, attention=attention)
+    f = program(config, numerics=numerics, attention=attention)
 
     @jax.jit
     def eval_step(params, batch):
         cache = row_cache(config, batch)
-        return cross_entropy(compute_logits(f, params, cache, batch), batch.targets)[0]
+        logits = compute_logits(f, params, cache, batch)
+        return f.numerics.cross_entropy(logits, batch.targets)[0]
 
     return eval_step
 

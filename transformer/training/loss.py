@@ -9,7 +9,7 @@ from transformer.axes import RULES
 from transformer.data.batches import Batch
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
-from transformer.numerics.log_softmax import cross_entropy
+from transformer.numerics.numerics import numerics_of
 from transformer.program.init import init_cache
 
 
@@ -47,7 +47,8 @@ def loss(
     """
     if total_weight is None:
         total_weight = jnp.sum(batch.weights)
-    nll, lse = cross_entropy(compute_logits(f, params, cache, batch), batch.targets)
+    logits = compute_logits(f, params, cache, batch)
+    nll, lse = numerics_of(f).cross_entropy(logits, batch.targets)
     mean = lambda x: jnp.sum(x * batch.weights) / total_weight
     nll_mean = mean(nll)
     return nll_mean + z_loss * mean(jnp.square(lse)) if z_loss else nll_mean, nll_mean

@@ -58,6 +58,7 @@ def make_train_step(
     config: Config,
     optimizer: optax.GradientTransformation,
     *,
+    numerics: str = "fast",
     attention: str = "auto",
     f: Callable | None = None,
     accumulate: int = 1,
@@ -73,7 +74,7 @@ def make_train_step(
 
     Args:
       config, optimizer: the model and `make_optimizer`'s result.
-      attention: the backend of `kernels.attention`.
+      numerics, attention: as in `program`.
       f: what is trained in the place of `program(config, ...)`: a program for the same parameters
         and cache, such as `intervene` makes; None: the config's own.
       accumulate: parts that a batch is run in, one after another; it divides B. The gradient is
@@ -92,7 +93,7 @@ def make_train_step(
         raise ValueError(f"accumulate={accumulate}; a batch is run in at least 1 part.")
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay={ema_decay}; it must be above 0 and below 1, or None.")
-    f = program(config, attention=attention) if f is None else f
+    f = program(config, numerics=numerics, attention=attention) if f is None else f
     gradient_of = jax.value_and_grad(partial(loss, f), has_aux=True)
 
     def compute_gradient(params, batch):

@@ -33,7 +33,7 @@ def test_rows_of_a_batch(turned, rows, rng, monkeypatch):
         monkeypatch.setattr(products, "few_rows", lambda *_: rows)
     x, w = (rng.standard_normal(s).astype(np.float32) for s in ((2, 70, 96), (2, 96, 40)))
     given = w.swapaxes(1, 2) if turned else w
-    run = jax.jit(lambda x, w: batched(x, w, turned=turned))
+    run = jax.jit(lambda x, w: batched(x, w, turned))
     y = np.asarray(run(x, given))
     np.testing.assert_allclose(y, x.astype(np.float64) @ w, rtol=0, atol=TOLERANCE)
     for count in (1, 3, 64):

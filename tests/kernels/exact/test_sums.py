@@ -1,11 +1,11 @@
-"""Sums in one order, and computations that stand by themselves."""
+"""Sums in one order, and products that are rounded before they feed a sum."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.exact.sums import alone, total
+from kernels.exact.sums import rounded, total
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 172, 1000])
@@ -22,10 +22,24 @@ def test_the_gradient_of_a_sum_is_ones():
     np.testing.assert_array_equal(jax.grad(lambda x: total(x).sum())(jnp.zeros((2, 5))), 1)
 
 
-def test_alone_keeps_values_and_gradients(rng):
-    x = rng.standard_normal(7).astype(np.float32)
-    function = lambda x, y: jnp.tanh(x) * y + x
-    of = lambda function: jax.value_and_grad(lambda x: function(x, 2 * x).sum())(x)
-    results = of(alone(function)), of(function)
-    for result, expected in zip(*results, strict=True):
-        np.testing.assert_allclose(result, expected, rtol=1e-5)  # roundings of float32
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_keeps_every_number(dtype, rng):
+    special = [0.0, -0.0, jnp.inf, -jnp.inf, 1e-45, 3e38]
+    x = jnp.asarray([*special, *rng.standard_normal(100)], dtype)
+    y = jax.jit(rounded)(x)
+    np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+    assert jnp.isnan(jax.jit(rounded)(jnp.asarray(jnp.nan, dtype)))
+    np.testing.assert_array_equal(jax.grad(lambda x: rounded(x).sum())(x), jnp.ones(x.shape))
+
+
+def test_a_product_is_rounded_before_a_sum(rng):
+    """As NumPy does it, which has no instruction for both."""
+    x, y, z = rng.standard_normal((3, 1000)).astype(np.float32)
+    made = jax.jit(lambda x, y, z: rounded(x * y) + z)(x, y, z)
+    np.testing.assert_array_equal(made, x * y + z)
+
+
+def test_a_rounding_to_a_narrow_type_is_not_left_out(rng):
+    x = rng.standard_normal(1000).astype(np.float32)
+    made = jax.jit(lambda x: rounded(x.astype(jnp.bfloat16)).astype(jnp.float32) * 1)(x)
+    np.testing.assert_array_equal(made, x.astype(jnp.bfloat16).astype(np.float32))

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from transformer.data.tokenizer import byte_tokenizer
 from transformer.inference.completion import Writer
+from transformer.inference.drawn import Drawn
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.end_of_document
@@ -24,7 +25,7 @@ def test_pieces_join_to_what_comes_before_the_first_stop(text, stops, tail):
     writer = Writer(TOKENIZER, stops, {END}, len(data))
     pieces, pushed = [], 0
     for token in data:
-        pieces.append(writer.push(token, -1.0))
+        pieces.append(writer.push(Drawn(token, -1.0)))
         pushed += 1
         if writer.completion:
             break

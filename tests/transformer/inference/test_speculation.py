@@ -75,7 +75,7 @@ def test_right_drafts_save_steps_and_are_counted(model):
     rows = SpeculativeRows(f, checked, prompts, set(), options, adjust)
     tokens = []
     while len(tokens) < 20:
-        tokens += [token for _, token, *_ in rows.decode(np.ones(1, bool), 1, 1)]
+        tokens += [int(drawn.token) for _, drawn in rows.decode(np.ones(1, bool), 1, 1)]
     [plain] = generate(checked, PROMPTS[:1], max_new_tokens=20, temperature=0)
     assert tokens == plain.tokens
     assert rows.steps_run == 4 and rows.drafts_taken == rows.drafts_made == 16
