@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what only --thorough runs: its parts are all in combinations that do run."""
+    """Leaves out what only --thorough runs; what it is about is in combinations that do run."""
     if not config.getoption("--thorough"):
         for item in items:
             if item.get_closest_marker("thorough"):

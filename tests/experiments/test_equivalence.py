@@ -37,7 +37,14 @@ def test_it_prints_a_row_for_each_way(saved):
         assert row["microseconds_per_token"] > 0 and row["growth"] > 0
 
 
-@pytest.mark.parametrize(("preset", "dtype"), [("tiny", "bfloat16"), ("tiny-gpt-oss", "float32")])
+@pytest.mark.parametrize(
+    ("preset", "dtype"),
+    [
+        ("tiny", "bfloat16"),
+        pytest.param("tiny-gpt-oss", "float32", marks=pytest.mark.thorough),
+        pytest.param("tiny-gemma2", "bfloat16", marks=pytest.mark.thorough),
+    ],
+)
 def test_exact_numerics_give_equal_bits(preset, dtype):
     """Compiled as people compile, with LLVM's optimisation, which other tests do without."""
     names = ["parallel", "sequential", "inside the training step"]

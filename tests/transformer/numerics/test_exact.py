@@ -65,7 +65,7 @@ def assert_same(one, other):
 
 
 @optimised
-@settings(max_examples=2)
+@settings(max_examples=1, derandomize=True)  # compiling with optimisation takes long
 @given(
     config=st.from_type(Config),
     dtype=DTYPES,
@@ -82,7 +82,7 @@ def test_any_chunk_and_any_capacity(random_params, config, dtype, chunk, capacit
 
 
 @optimised
-@settings(max_examples=2)
+@settings(max_examples=1, derandomize=True)  # compiling with optimisation takes long
 @given(
     config=st.from_type(Config),
     dtype=DTYPES,
@@ -98,7 +98,6 @@ def test_any_chunk_and_any_capacity(random_params, config, dtype, chunk, capacit
     seed=SEEDS,
 )
 @example(presets["tiny-mla"], "float32", "inside the training step", 0)
-@example(presets["tiny-gemma2"], "bfloat16", "inside the training step", 0)
 def test_any_way_to_run(random_params, config, dtype, way, seed):
     config = config.replace(dtype=dtype)
     tokens, params = tokens_of(config, seed), random_params(config, seed)
