@@ -40,7 +40,7 @@ def test_it_prints_a_row_for_each_way(saved):
 @pytest.mark.parametrize(
     ("preset", "dtype"),
     [
-        ("tiny", "bfloat16"),
+        pytest.param("tiny", "bfloat16", marks=pytest.mark.thorough),
         pytest.param("tiny-gpt-oss", "float32", marks=pytest.mark.thorough),
         pytest.param("tiny-gemma2", "bfloat16", marks=pytest.mark.thorough),
     ],

@@ -12,7 +12,9 @@ from transformer.memory.fold import Fold
 from transformer.modes.schedule import run
 
 
-@pytest.mark.parametrize("kind", ["attention", "scanned", "hybrid"])
+@pytest.mark.parametrize(
+    "kind", ["attention", pytest.param("scanned", marks=pytest.mark.thorough), "hybrid"]
+)
 def test_attribution_is_the_slope_of_scaling_a_cell(kind, model):
     f, params, cache, tokens = model(kind)
     objective = lambda logits: logits[-1, 3]

@@ -10,14 +10,14 @@ from transformer.insight import cut, direct, intervene, trace
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("gpt2", {}),
-        ("gpt2", {"norm_placement": "post"}),
+        pytest.param("gpt2", {}, marks=pytest.mark.thorough),
+        pytest.param("gpt2", {"norm_placement": "post"}, marks=pytest.mark.thorough),
         ("gpt2", {"norm_placement": "both", "tie_embeddings": False}),
         ("attention", {"parallel_residual": True}),
         ("scanned", {}),
-        ("window", {}),
+        pytest.param("window", {}, marks=pytest.mark.thorough),
         ("latent", {}),
-        ("shared", {}),
+        pytest.param("shared", {}, marks=pytest.mark.thorough),
         ("hybrid", {}),
     ],
 )

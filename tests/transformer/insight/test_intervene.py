@@ -20,7 +20,8 @@ from transformer.modes.contract import check_contract
 from transformer.modes.schedule import parallel, run
 from transformer.training.step import TrainState, make_train_step
 
-KINDS = ["attention", "scanned", "window", "latent", "hybrid", "shared", "gpt2"]
+KINDS = ["attention", "scanned", "window", "hybrid"]
+KINDS += [pytest.param(x, marks=pytest.mark.thorough) for x in ("latent", "shared", "gpt2")]
 
 
 def some_edits(kind):

@@ -226,9 +226,13 @@ def test_little_room_is_enough(room):
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
-        ("tiny", {"num_layers": 1, "num_experts": 4, "window": 4}),
+        pytest.param(
+            "tiny",
+            {"num_layers": 1, "num_experts": 4, "window": 4},
+            marks=pytest.mark.thorough,
+        ),
         ("tiny", {"scan_layers": True, "dtype": "bfloat16"}),
-        ("tiny-mla", {"num_layers": 1}),
+        pytest.param("tiny-mla", {"num_layers": 1}, marks=pytest.mark.thorough),
         ("tiny-hybrid", {"layer_kinds": ("delta", "attention")}),
     ],
     ids=str,
