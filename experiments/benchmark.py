@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark --suite=train,prefill,decode --preset=gpt2
     python -m experiments.benchmark --suite=attention,decode_attention,train,generate
+    python -m experiments.benchmark --numerics=fast,exact    what equal bits cost
     python -m experiments.benchmark --suite=... --json=FILE --plot=FILE
     python -m experiments.benchmark --peer=PYTHON    also the same cases in torch and transformers,
                                                      run by the Python that has them installed
@@ -30,6 +31,11 @@ SUITES = (*MODEL_SUITES, *KERNEL_SUITES)
 _SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Some of {', '.join(SUITES)}.")
 _PRESET = flags.DEFINE_string("preset", "gpt2", "Shape of the model; see transformer.presets.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of attention in the model suites.")
+_NUMERICS = flags.DEFINE_list(
+    "numerics",
+    ["fast"],
+    "fast, exact or both, in the model suites: each case in one after another.",
+)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each case.", lower_bound=1)
 _PEER = flags.DEFINE_string(
     "peer", None, "A Python with experiments/peers/requirements.txt installed, to compare with."
@@ -58,8 +64,8 @@ def main(argv):
     rows, peer = [], _PEER.value
     for name in _SUITE.value:
         with cli.user_errors(NotImplementedError):
-            for figure in _figures(name, config):
-                rows.append(report.row(figure, limits))
+            for numerics, figure in _figures(name, config):
+                rows.append(report.row(figure, limits, numerics))
                 print(report.line(rows[-1]), flush=True)
         if peer and name in PEER_SUITES:
             try:
@@ -67,6 +73,7 @@ def main(argv):
             except (OSError, PeerError) as error:
                 print(f"the peer is not run: {error}", flush=True)
                 peer = None
+    report.add_costs(rows)
     figures = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -91,9 +98,12 @@ def main(argv):
 
 def _check_flags(presets):
     from kernels.backends.choice import check_backend
+    from transformer.numerics.numerics import Numerics
 
     with cli.user_errors(ValueError):
         check_backend(_ATTENTION.value)
+        for name in _NUMERICS.value:
+            Numerics(name)
     if not _SUITE.value:
         cli.fail(f"--suite is empty; choose some of {', '.join(SUITES)}.")
     unknown = [name for name in _SUITE.value if name not in SUITES]
@@ -111,15 +121,19 @@ def _check_flags(presets):
 
 
 def _figures(name, config):
-    """Runs one suite: an iterator over its figures."""
+    """Runs one suite: an iterator over pairs of numerics and figures."""
     if name in MODEL_SUITES:
         from experiments.suites import model
 
         config = config.replace(max_length=max(config.max_length, model.PROMPT + model.NEW))
-        return getattr(model, name)(config, _REPEATS.value, _ATTENTION.value)
+        for numerics in _NUMERICS.value:
+            for figure in getattr(model, name)(config, _REPEATS.value, _ATTENTION.value, numerics):
+                yield numerics, figure
+        return
     from experiments.suites import attention
 
-    return getattr(attention, name)(_REPEATS.value)
+    for figure in getattr(attention, name)(_REPEATS.value):
+        yield "fast", figure
 
 
 class PeerError(Exception):
@@ -141,7 +155,7 @@ def _add_peer(rows, python, suite):
         peer = json.load(file)
     for row in rows:
         rate = peer.get(f"{row['suite']} {row['case']}")
-        if rate:
+        if rate and row["numerics"] == "fast":
             row["peer_tokens_per_second"] = rate["tokens_per_second"]
             row["ratio"] = row["tokens_per_second"] / rate["tokens_per_second"]
 

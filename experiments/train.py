@@ -15,24 +15,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.run import cli
-from experiments.run.changes import EXPERIMENT_FILE
 from experiments.run.config import read_config
 from experiments.run.meter import Meter, NotFinite
-from experiments.run.metrics import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    DamagedRows,
-    Log,
-    Metrics,
-    read_rows,
-)
-from experiments.run.prepare import TrainingRun, checkpoint_items, prepare
-from experiments.run.process import StopSignals, exclusive
-from experiments.run.progress import Progress
-from transformer.files import write_json
+from experiments.run.metrics import METRICS_FILE, DamagedRows, read_rows
+from experiments.run.outputs import Outputs
+from experiments.run.prepare import TrainingRun, prepare
+from experiments.run.process import StopSignals
 from transformer.inference.generate import generate
-from transformer.storage.checkpoint import CheckpointError, Checkpoints
-from transformer.storage.model import Model, write_description
+from transformer.storage.checkpoint import CheckpointError
+from transformer.storage.model import Model
 from transformer.training.evaluation import evaluate, make_eval_step
 
 with cli.flag_errors():
@@ -104,32 +95,21 @@ def train(run: TrainingRun) -> int:
                     out.sample(step, averaged)
                 stops = stop.requested  # from here on a signal waits for the next step
                 if saves or stops:
-                    out.save(step, state, loss)
+                    out.save(step, state, run.batches.get_state(), loss)
                 out.report()
             if stops:
                 break
     return step
 
 
-class _Outputs:
-    """What a run writes into its work directory and on the terminal."""
+class _Outputs(Outputs):
+    """What a training run writes, also about its validations and samples."""
 
     def __init__(self, run: TrainingRun, opened: contextlib.ExitStack):
         """Opens the files of the work directory, which are closed with the stack."""
-        self._run, self._said = run, []
-        workdir, start, kept = run.workdir, run.start, run.experiment.checkpoint
-        workdir.mkdir(parents=True, exist_ok=True)
-        opened.enter_context(exclusive(workdir))
-        self._checkpoints = opened.enter_context(
-            Checkpoints(workdir, keep_last=kept.keep_last, keep_best=kept.keep_best)
-        )
-        self._metrics = opened.enter_context(Metrics(workdir, start))
-        self._samples = opened.enter_context(Log(workdir / SAMPLES_FILE, start))
-        self._progress = opened.enter_context(Progress(start, run.experiment.train.steps))
-        write_json(workdir / EXPERIMENT_FILE, run.experiment.to_dict())
-        write_description(workdir, run.model, run.tokenizer)
-        self._checkpoints.discard_after(start)
-        self.meter = Meter(run, self._metrics, self._progress)
+        super().__init__(run.workdir, run.experiment, run.model, run.tokenizer, run.start, opened)
+        self._run = run
+        self.meter = Meter(run, self.metrics, self.progress)
         self._eval_step = make_eval_step(
             run.model, run.experiment.train.attention, run.experiment.train.numerics
         )
@@ -138,8 +118,8 @@ class _Outputs:
         """Evaluates parameters after a step, and returns the validation loss."""
         run = self._run
         row = evaluate(self._eval_step, params, run.validation, run.tokenizer.byte_lengths)
-        self._metrics.write({"step": step, **row})
-        self._said.append(
+        self.metrics.write({"step": step, **row})
+        self.say(
             f"step {step}/{run.experiment.train.steps}  validation loss "
             f"{row['validation_loss']:.4f}  {row['validation_bits_per_byte']:.4f} bits per byte"
         )
@@ -148,25 +128,8 @@ class _Outputs:
     def sample(self, step: int, params) -> None:
         """Writes down how the model begins a document after a step."""
         text = sample(self._run, params, step)
-        self._samples.write({"step": step, "text": text})
-        self._said.append(f"sample after step {step}:\n{text}")
-
-    def save(self, step: int, state, validation_loss: float | None) -> None:
-        """Begins to save the state after a step."""
-        # Rows first: a checkpoint that is there has all rows up to its step.
-        self._metrics.flush()
-        self._samples.flush()
-        remembered = {
-            "data": self._run.batches.get_state(),
-            "config": self._run.experiment.to_dict(),
-        }
-        self._checkpoints.save(step, checkpoint_items(state), remembered, validation_loss)
-
-    def report(self) -> None:
-        """Prints what there is to say: last, so that what is said to be done is done."""
-        for text in self._said:
-            self._progress.say(text)
-        self._said.clear()
+        self.samples.write({"step": step, "text": text})
+        self.say(f"sample after step {step}:\n{text}")
 
 
 def sample(run: TrainingRun, params, step: int) -> str:

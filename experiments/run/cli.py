@@ -13,6 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments.run.flag_errors import describe
+from experiments.run.process import keep_memory
 
 _PACKAGES = ("transformer", "kernels", "experiments")
 
@@ -44,6 +45,7 @@ def start(main: Callable[[list[str]], None]) -> None:
         for name in _PACKAGES:
             logging.getLogger(name).addHandler(_notices)
             logging.getLogger(name).propagate = False
+        keep_memory()
         main(argv)
 
     try:

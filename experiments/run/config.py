@@ -176,13 +176,17 @@ class Experiment:
         return dataclasses.asdict(self)
 
 
-def default_config(model: Config) -> config_dict.ConfigDict:
-    """Makes a config of all sections: `model`'s architecture, and the defaults of the others."""
+def default_config(model: Config, kind: type = Experiment) -> config_dict.ConfigDict:
+    """Makes a config of all sections: `model`'s architecture, and the defaults of the others.
+
+    Args:
+      kind: `Experiment`, or a dataclass made of it that has further sections.
+    """
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(Config)}
     del fields["vocab_size"]
     config = config_dict.ConfigDict()
     config.model = _section(Config, fields)
-    for f in dataclasses.fields(Experiment)[1:]:
+    for f in dataclasses.fields(kind)[1:]:
         config[f.name] = _section(f.type, dataclasses.asdict(f.type()))
     return config
 
@@ -201,8 +205,12 @@ def _section(kind, values):
     return section
 
 
-def read_config(config: config_dict.ConfigDict) -> Experiment:
+def read_config(config: config_dict.ConfigDict, kind: type = Experiment) -> Experiment:
     """Reads the experiment that a config describes; what it leaves out has its default.
+
+    Args:
+      config: as `default_config` makes it.
+      kind: as in `default_config`.
 
     Raises:
       ValueError: a section or field does not exist, a value has another type, or values do not fit
@@ -214,7 +222,7 @@ def read_config(config: config_dict.ConfigDict) -> Experiment:
             "experiments.run.config.default_config makes it."
         )
     values = config.to_dict()
-    sections = {f.name: f.type for f in dataclasses.fields(Experiment)}
+    sections = {f.name: f.type for f in dataclasses.fields(kind)}
     for name in values:
         _require_known("config", name, sections)
     model = values.pop("model", {})
@@ -225,7 +233,7 @@ def read_config(config: config_dict.ConfigDict) -> Experiment:
     for name, section in values.items():
         with named_in_full(name, sections[name]):
             made[name] = sections[name](**section)
-    return Experiment(model, **made)
+    return kind(model, **made)
 
 
 @contextmanager

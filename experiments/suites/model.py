@@ -1,6 +1,7 @@
 """Suites of a whole model: a training step, prefill, decoding, and what they cost to compile.
 
-Each takes a config, the number of timed runs and the backend of attention; it yields figures.
+Each takes a config, the number of timed runs, and the backend of attention and the numerics as in
+`program`; it yields figures.
 """
 
 import time
@@ -27,7 +28,7 @@ from transformer.training.step import init_state, make_train_step
 PROMPT, NEW = 512, 32  # tokens before decoding begins, and tokens decoded
 
 
-def train(config: Config, repeats: int, attention: str):
+def train(config: Config, repeats: int, attention: str, numerics: str):
     """A training step with AdamW, on 4 x 256 tokens on a CPU and 32 x 1024 on anything else."""
     rows, length = (4, 256) if jax.default_backend() == "cpu" else (32, 1024)
     rng = np.random.default_rng(0)
@@ -36,7 +37,7 @@ def train(config: Config, repeats: int, attention: str):
     optimizer = make_optimizer(OptimizerConfig(name="adamw"), 1000)
     state = init_state(config, optimizer, jax.random.key(0))
     size = _bytes(state.params)
-    step = make_train_step(config, optimizer, attention=attention)
+    step = make_train_step(config, optimizer, numerics=numerics, attention=attention)
     step, seconds = compiled(step, state, batch, donate=0)
 
     def call():
@@ -53,9 +54,9 @@ def train(config: Config, repeats: int, attention: str):
     )
 
 
-def prefill(config: Config, repeats: int, attention: str):
+def prefill(config: Config, repeats: int, attention: str, numerics: str):
     """A prompt of 512 tokens in the parallel mode, all logits computed."""
-    f, params = program(config, attention=attention), _params(config)
+    f, params = program(config, numerics=numerics, attention=attention), _params(config)
     cache = init_cache(config, 2 * PROMPT)
     tokens = _tokens(config, PROMPT)
     program_, seconds = compiled(lambda p, c, t: run(f, p, c, t), params, cache, tokens)
@@ -64,20 +65,21 @@ def prefill(config: Config, repeats: int, attention: str):
     yield Figure("prefill", f"{PROMPT}", PROMPT, times, seconds, flops, _bytes(params))
 
 
-def decode(config: Config, repeats: int, attention: str):
+def decode(config: Config, repeats: int, attention: str, numerics: str):
     """32 tokens, one after the other, behind a prompt of 512; one sequence, and eight."""
     for batch in (1, 8):
         size = capacity_for(PROMPT + NEW)
         case = f"after {PROMPT}, batch {batch}"
-        yield _decode(config, case, batch, size, PROMPT, repeats, attention)
+        yield _decode(config, case, batch, size, PROMPT, repeats, attention, numerics)
 
 
-def generate(config: Config, repeats: int, attention: str):
+def generate(config: Config, repeats: int, attention: str, numerics: str):
     """`generate` as a user calls it: prompts of 512 tokens and 32 new ones, in all."""
     model = Model(config, _params(config), byte_tokenizer())
     for batch in (1, 8):
         prompts = np.split(np.asarray(_tokens(config, batch * PROMPT)), batch)
-        call = partial(complete, model, prompts, max_new_tokens=NEW, attention=attention)
+        how = {"numerics": numerics, "attention": attention}
+        call = partial(complete, model, prompts, max_new_tokens=NEW, **how)
         begin = time.perf_counter()
         drawn = [len(completion.tokens) for completion in call()]  # some may end a document
         first = time.perf_counter() - begin
@@ -90,22 +92,23 @@ def generate(config: Config, repeats: int, attention: str):
         yield Figure("generate", case, sum(drawn), times, first - times[0], flops, moved)
 
 
-def capacity(config: Config, repeats: int, attention: str):
+def capacity(config: Config, repeats: int, attention: str, numerics: str):
     """Decoding at one length with room for little more, and for much more."""
     for size in (512, 16384):
-        yield _decode(config, f"after 448, capacity {size}", 1, size, 448, repeats, attention)
+        case = f"after 448, capacity {size}"
+        yield _decode(config, case, 1, size, 448, repeats, attention, numerics)
 
 
-def compile(config: Config, repeats: int, attention: str):
+def compile(config: Config, repeats: int, attention: str, numerics: str):
     """Training steps of 10 and of 100 scanned layers; the figure is the time to compile them."""
     for num_layers in (10, 100):
         scanned = config.replace(num_layers=num_layers, scan_layers=True)
-        for figure in train(scanned, repeats, attention):
+        for figure in train(scanned, repeats, attention, numerics):
             yield Figure(**(vars(figure) | {"suite": "compile", "case": f"{num_layers} layers"}))
 
 
-def _decode(config, case, batch, size, start, repeats, attention):
-    f, params = program(config, attention=attention), _params(config)
+def _decode(config, case, batch, size, start, repeats, attention, numerics):
+    f, params = program(config, numerics=numerics, attention=attention), _params(config)
 
     def generate(params, cache, token):
         def step(carry, i):

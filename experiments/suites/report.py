@@ -6,11 +6,12 @@ from experiments.run import cli
 from experiments.suites.timing import Figure, KernelFigure, Limits
 
 
-def row(figure: Figure, limits: Limits) -> dict:
+def row(figure: Figure, limits: Limits, numerics: str = "fast") -> dict:
     """Makes a JSON object of a figure; its rates are those of the median run."""
     entry = {
         "suite": figure.suite,
         "case": figure.case,
+        "numerics": numerics,
         "seconds": figure.median,
         "fastest_seconds": figure.seconds[0],
         "slowest_seconds": figure.seconds[-1],
@@ -29,23 +30,34 @@ def row(figure: Figure, limits: Limits) -> dict:
     return entry | {"tokens_per_second": figure.tokens / figure.median}
 
 
+def add_costs(rows: list[dict]) -> None:
+    """Notes in the rows of exact numerics how many times as long they took as the fast ones."""
+    name = lambda row: (row["suite"], row["case"])
+    fast = {name(row): row["seconds"] for row in rows if row["numerics"] == "fast"}
+    for row in rows:
+        if row["numerics"] == "exact" and name(row) in fast:
+            row["cost"] = row["seconds"] / fast[name(row)]
+
+
 def line(row: dict) -> str:
     """Returns a line about a figure, for people who wait for the table."""
     rate = _work_rate(row) if "kernel" in row else f"{row['tokens_per_second']:.1f} tokens/s"
     kernel = f", {row['kernel']}" if "kernel" in row else ""
-    return f"{row['suite']} {row['case']}{kernel}: {rate}"
+    return f"{_case(row)}{kernel}: {rate}"
 
 
 def print_tables(figures: dict, limits: Limits) -> None:
     """Prints a table of the models and one of the kernels, where there are figures of them."""
     models = [row for row in figures["rows"] if "kernel" not in row]
     kernels = [row for row in figures["rows"] if "kernel" in row]
-    with_peer = any("ratio" in row for row in models)
+    more = _PEER_COLUMNS if any("ratio" in row for row in models) else {}
+    if any("cost" in row for row in models):
+        more = _COST_COLUMN | more
     for rows, name, columns in (
         (
             models,
             f"{figures['preset']}, {figures['dtype']}",
-            _MODEL_COLUMNS | (_PEER_COLUMNS if with_peer else {}),
+            _MODEL_COLUMNS | more,
         ),
         (kernels, f"kernels, {figures['dtype']}", _KERNEL_COLUMNS),
     ):
@@ -75,7 +87,8 @@ def _compile_seconds(row):
 
 
 def _case(row):
-    return f"{row['suite']} {row['case']}"
+    exact = ", exact" if row["numerics"] == "exact" else ""
+    return f"{row['suite']} {row['case']}{exact}"
 
 
 def _if_there(row, name, text):
@@ -90,6 +103,7 @@ _MODEL_COLUMNS = {
     "of limit": _share,
     "compile": _compile_seconds,
 }
+_COST_COLUMN = {"of fast": lambda row: _if_there(row, "cost", "x {:.2f}")}
 _PEER_COLUMNS = {
     "peer": lambda row: _if_there(row, "peer_tokens_per_second", "{:.1f}"),
     "ratio": lambda row: _if_there(row, "ratio", "x {:.2f}"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -129,8 +130,25 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
                 lambda matrix: "muon" if matrix else "adam", layer_matrices(params)
             ),
         )
-    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    clip = [] if config.clip_norm is None else [clip_by_norm(config.clip_norm)]
     return optax.chain(*clip, update)
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """Scales a gradient whose global norm is larger than `largest` down to it.
+
+    `update` takes the norm, where it is known already, as `norm`. The gradient is multiplied by one
+    number, which XLA does where the product is used; `optax.clip_by_global_norm` divides, and of
+    that XLA keeps the result, a copy of the whole gradient.
+    """
+
+    def update(gradient, state, params=None, *, norm=None, **others):
+        del params, others
+        norm = optax.tree.norm(gradient) if norm is None else norm
+        factor = jnp.minimum(1, largest / norm)
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), gradient), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _muon(config, schedule):

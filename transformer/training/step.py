@@ -111,14 +111,6 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, one))
         return jax.lax.scan(add, zeros, parts)[0]
 
-    def update(state, gradient):
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None
-        if ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
-        return TrainState(state.step + 1, params, optimizer_state, ema)
-
     def train_step(state, batch):
         if (state.ema is None) != (ema_decay is None):
             raise ValueError(
@@ -126,14 +118,42 @@ def make_train_step(
                 f"{'no' if state.ema is None else 'an'} average; init_state takes the same one."
             )
         (objective, nll), gradient = compute_gradient(state.params, batch)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(objective) & jnp.isfinite(norm)
-        # A branch, not a select: where the update is in place, XLA would copy the state for one.
-        state = jax.lax.cond(finite, update, lambda state, _: state, state, gradient)
-        return state, {"loss": nll, "gradient_norm": norm, "finite": finite}
+        state, moved = follow(optimizer, state, objective, gradient, ema_decay)
+        return state, {"loss": nll, **moved}
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def follow(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    objective: jax.Array,
+    gradient: Params,
+    ema_decay: float | None = None,
+) -> tuple[TrainState, dict]:
+    """Moves a state along the gradient of an objective, unless one of the two is not finite.
+
+    Returns:
+      The state after the step, or as it was; and the metrics `gradient_norm`, before clipping, and
+      `finite`.
+    """
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(objective) & jnp.isfinite(norm)
+
+    def update(state, gradient):
+        updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+            gradient, state.optimizer_state, state.params, norm=norm
+        )
+        params = optax.apply_updates(state.params, updates)
+        ema = None
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+        return TrainState(state.step + 1, params, optimizer_state, ema)
+
+    # A branch, not a select: where the update is in place, XLA would copy the state for one.
+    state = jax.lax.cond(finite, update, lambda state, _: state, state, gradient)
+    return state, {"gradient_norm": norm, "finite": finite}
 
 
 def _split_rows(parts, x):
