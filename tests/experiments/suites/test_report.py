@@ -27,6 +27,18 @@ def test_a_row_is_the_median_run():
     assert report.row(kernel_figure("triton", float("nan")), LIMITS)["error"] == "nan"
 
 
+def test_exact_rows_say_how_many_times_as_long_they_took(capsys):
+    slower = Figure("decode", "after 512, batch 8", 1024, (2.2, 2.2, 2.2), 7.5, 1e9, 1e10)
+    rows = [report.row(figure(), LIMITS), report.row(slower, LIMITS, "exact")]
+    rows.append(report.row(figure("prefill", "512"), LIMITS, "exact"))  # there is no fast one
+    report.add_costs(rows)
+    assert [row.get("cost") for row in rows] == [None, pytest.approx(2.0), None]
+    report.print_tables(FIGURES | {"rows": rows}, LIMITS)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "decode after 512, batch 8, exact" in printed and "x 2.00" in printed
+
+
 @pytest.mark.parametrize("peer", [False, True])
 def test_tables_fit_80_columns_and_show_a_peer_where_there_is_one(capsys, peer):
     models = [report.row(figure(), LIMITS), report.row(figure("compile", "100 layers"), LIMITS)]
