@@ -27,12 +27,14 @@ def experiment():
     return read_config(config, RlExperiment)
 
 
-def test_ratios_are_one_at_each_step_and_a_run_goes_on(experiment, tmp_path, monkeypatch):
-    """Stopped after the first step and continued, it makes the rows of one that was not."""
+def test_a_run_goes_on_and_its_ratios_are_one(experiment, tmp_path, monkeypatch):
+    """Stopped after the first step and continued, it makes the rows of one that was not stopped."""
     assert train(experiment, tmp_path / "whole") == 2
     rows = read_rows(tmp_path / "whole" / METRICS_FILE)
     for row in rows:
-        assert row["kl"] == 0 and row["smallest_ratio"] == row["largest_ratio"] == 1
+        # Rounding of float32; bits are equal where XLA optimises: tests/experiments/test_rl.py.
+        assert abs(row["kl"]) < 1e-6
+        assert 1 - 1e-4 < row["smallest_ratio"] <= row["largest_ratio"] < 1 + 1e-4
 
     class Stopped:
         requested = True
