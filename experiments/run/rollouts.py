@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.run.rl_config import RlExperiment
-from experiments.run.tasks import TASKS, Task, reward
+from experiments.run.tasks import TASKS, marks
 from transformer.data.batches import Batch
 from transformer.inference.generate import generate
 from transformer.program.program import program
@@ -23,7 +23,8 @@ class Rollouts(NamedTuple):
 
     batch: their tokens; the weights are 1 where the target belongs to the answer.
     logprobs: [B, T], what the sampler said of these targets.
-    advantages: [B], the reward of an answer minus the mean reward of the others to its task.
+    advantages: [B, T], the reward of a token, 1 if it is right, minus the mean of what the other
+      answers to the same task got in its place.
     """
 
     batch: Batch
@@ -41,39 +42,36 @@ def draw(model: Model, experiment: RlExperiment, step: int) -> tuple[Rollouts, f
     rng = np.random.default_rng((options.seed, experiment.data.seed, step))
     tasks = [TASKS[rl.task](rng, rl.size) for _ in range(rl.prompts)]
     begin = model.tokenizer.document_start
-    prompts = [[*begin, *model.tokenizer.encode(task.question)] for task in tasks]
+    asked = [task for task in tasks for _ in range(rl.samples)]
+    prompts = [[*begin, *model.tokenizer.encode(task.question)] for task in asked]
     completions = generate(
         model,
-        [prompt for prompt in prompts for _ in range(rl.samples)],
+        prompts,
         max_new_tokens=len(tasks[0].answer),
         seed=int(rng.integers(2**31)),
         numerics=options.numerics,
         attention=options.attention,
     )
-    asked = [task for task in tasks for _ in range(rl.samples)]
-    rewards = np.array([reward(*pair) for pair in _texts(asked, completions)], np.float32)
-    by_task = rewards.reshape(rl.prompts, rl.samples)
+    answers = [model.tokenizer.encode(task.answer) for task in asked]
+    drawn = [completion.tokens for completion in completions]
+    rewards = np.array([marks(*pair) for pair in zip(answers, drawn, strict=True)], np.float32)
+    by_task = rewards.reshape(rl.prompts, rl.samples, -1)
     others = (by_task.sum(1, keepdims=True) - by_task) / (rl.samples - 1)
-    rows = _rows([prompt for prompt in prompts for _ in range(rl.samples)], completions)
-    shown = f"{asked[0].question}{completions[0].text}"
-    return Rollouts(*rows, (by_task - others).reshape(-1)), float(rewards.mean()), shown
+    rows = _rows(prompts, completions, (by_task - others).reshape(rewards.shape))
+    return rows, float(rewards.mean()), f"{tasks[0].question}{completions[0].text}"
 
 
-def _texts(tasks: list[Task], completions):
-    return [(task, completion.text) for task, completion in zip(tasks, completions, strict=True)]
-
-
-def _rows(prompts, completions):
-    """The batch, and the sampler's log-probabilities of its targets."""
-    length = max(map(len, prompts)) + max(len(c.tokens) for c in completions) - 1
-    tokens, weights, logprobs = (np.zeros((len(prompts), length + 1), t) for t in "iff")
+def _rows(prompts, completions, advantages):
+    length = max(map(len, prompts)) + advantages.shape[1]
+    tokens, weights, logprobs, gains = (np.zeros((len(prompts), length), t) for t in "ifff")
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion.tokens)
-        tokens[row, :end] = [*prompt, *completion.tokens]
-        weights[row, len(prompt) : end] = 1
-        logprobs[row, len(prompt) : end] = completion.logprobs
+        new = slice(len(prompt), len(prompt) + len(completion.tokens))
+        tokens[row, : new.stop] = [*prompt, *completion.tokens]
+        weights[row, new] = 1
+        logprobs[row, new] = completion.logprobs
+        gains[row, new] = advantages[row, : len(completion.tokens)]
     batch = Batch(tokens[:, :-1], tokens[:, 1:], None, weights[:, 1:])
-    return batch, logprobs[:, 1:]
+    return Rollouts(batch, logprobs[:, 1:], gains[:, 1:])
 
 
 def make_rl_step(config, optimizer, *, numerics: str, attention: str) -> Callable:
@@ -97,7 +95,7 @@ def make_rl_step(config, optimizer, *, numerics: str, attention: str) -> Callabl
         log_ratio = jnp.where(drawn, -nll - rollouts.logprobs, 0)
         ratio = jnp.exp(log_ratio)
         mean = lambda x: jnp.sum(x * batch.weights) / jnp.sum(batch.weights)
-        value = -mean(ratio * rollouts.advantages[:, None])
+        value = -mean(ratio * rollouts.advantages)
         measured = {
             "loss": value,
             "kl": mean(ratio - 1 - log_ratio),

@@ -1,6 +1,6 @@
 """Tasks whose answers a program checks: a question, and the one right answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ TASKS: dict[str, Callable[[np.random.Generator, int], Task]] = {
 }
 
 
-def reward(task: Task, text: str) -> float:
-    """The share of the answer's characters that a text has in their places."""
-    return sum(a == b for a, b in zip(task.answer, text, strict=False)) / len(task.answer)
+def marks(answer: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """Of each token of an answer 1 if it was given in its place, else 0."""
+    given = [*tokens[: len(answer)], *[None] * (len(answer) - len(tokens))]
+    return [float(a == b) for a, b in zip(answer, given, strict=True)]

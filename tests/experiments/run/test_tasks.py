@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.run.tasks import TASKS, Task, addition, reward, sorting
+from experiments.run.tasks import TASKS, addition, marks, sorting
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -21,12 +21,8 @@ def test_a_seed_gives_the_same_tasks():
         assert task(np.random.default_rng(3), 5) == task(np.random.default_rng(3), 5)
 
 
-def test_the_reward_is_the_share_of_the_answer():
-    task = Task("312>", "123")
-    assert [reward(task, text) for text in ("123", "132", "12", "", "1234")] == [
-        1,
-        1 / 3,
-        2 / 3,
-        0,
-        1,
-    ]
+def test_marks_are_for_tokens_in_their_places():
+    answer = [1, 2, 3]
+    assert marks(answer, [1, 3, 3]) == [1, 0, 1]
+    assert marks(answer, [1]) == [1, 0, 0]
+    assert marks(answer, [1, 2, 3, 4]) == [1, 1, 1]
