@@ -20,6 +20,7 @@ def test_the_benchmark_reports_what_it_measured(tmp_path):
     result = program(
         "--suite=prefill,decode_attention",
         "--preset=tiny",
+        "--numerics=fast,exact",
         "--repeats=2",
         f"--json={json_file}",
         f"--plot={plot}",
@@ -29,7 +30,8 @@ def test_the_benchmark_reports_what_it_measured(tmp_path):
     assert report["attention"] == "auto"
     assert all(line in result.stdout.splitlines() for line in report["attention_chosen"])
     assert any("'xla'" in line for line in report["attention_chosen"]) or report["device"] != "cpu"
-    assert [row["suite"] for row in report["rows"]] == ["prefill", "decode_attention"]
+    assert [row["suite"] for row in report["rows"]] == ["prefill", "prefill", "decode_attention"]
+    assert report["rows"][1]["numerics"] == "exact" and report["rows"][1]["cost"] > 0
     for row in report["rows"]:
         assert row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
         assert row["case"] in result.stdout
@@ -47,7 +49,8 @@ from experiments.run import cli
 from experiments.suites import timing
 
 timing.measure_limits = lambda dtype: timing.Limits(1e9, 1e9, 1e12)
-benchmark._figures = lambda name, config: [timing.Figure(name, "512", 8, (1.0,), 2.0, 1e9, 1e9)]
+figure = lambda name: timing.Figure(name, "512", 8, (1.0,), 2.0, 1e9, 1e9)
+benchmark._figures = lambda name, config: [("fast", figure(name))]
 cli.start(benchmark.main)
 """
     python = tmp_path / "python"
