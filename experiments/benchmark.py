@@ -82,7 +82,7 @@ def main(argv):
         "preset": _PRESET.value,
         "dtype": config.dtype,
         "attention": _ATTENTION.value,
-        "attention_chosen": notices,
+        "notices": notices,
         "limits": vars(limits),
         "rows": rows,
     }
