@@ -5,7 +5,7 @@ DEMO := runs/demo
 # Tests mostly compile, on one core each; those of a file share what is compiled.
 WORKERS ?= 2
 
-.PHONY: demo demo-smollm2 test lint docs clean
+.PHONY: demo demo-smollm2 test gpu-compile gpu-check lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=$(DEMO)
@@ -23,6 +23,16 @@ demo-smollm2: .venv/installed
 
 test: .venv/tests-installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
+
+# Whole programs compiled for an H100 that is not there. XLA for CUDA, 124 MB to fetch, lies in a
+# folder of its own, so that nothing else looks for a GPU.
+gpu-compile: build/cuda/installed
+	PYTHONPATH=build/cuda JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/kernels/test_whole_programs.py
+
+build/cuda/installed: .venv/tests-installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target=build/cuda \
+		jax-cuda13-pjrt==$$($(BIN)/python -c 'import jax; print(jax.__version__)')
+	touch $@
 
 lint: .venv/tests-installed
 	$(BIN)/ruff check

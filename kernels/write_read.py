@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels.backends import choice
 from kernels.blocks import Blocks
-from kernels.cells import consecutive, in_order, is_ring, write, write_last
+from kernels.cells import consecutive, in_order, is_ring, write_last
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
@@ -72,15 +72,19 @@ def chunk(
         return choice.attend(backend, q, *keys_values(block), where, shared, options=options)[0]
 
     # What is written and what is read are apart: where nobody uses one, XLA drops it.
+    def write(cells):
+        return jax.tree.map(lambda x, new: choice.write(backend, x, cells, new), block, new)
+
     if is_ring(options, size):
         return _write_last(block, i, new, ring=True), attend(*_unrolled(block, i, new))
     if packed:
-        written, cells, starts = _in_a_row(block, i, new)
+        cells = consecutive(i[:, :1], i)
+        written, starts = write(cells), cells - i
         z = attend(written, cells, starts)
         fits = cells.max(1) < size
         z = jnp.where(fits[:, None, None, None], z, jnp.nan)
         return _write_last(block, i, new, ring=False), z
-    block = jax.tree.map(lambda x, new: write(x, i, new), block, new)
+    block = write(i)
     return block, attend(block, i)
 
 
@@ -88,14 +92,8 @@ def _write_last(block, i, new, *, ring):
     return jax.tree.map(lambda x, new: write_last(x, i, new, ring=ring), block, new)
 
 
-def _in_a_row(block, i, new):
-    """The tokens in consecutive cells: the block, the cells, and where each document begins."""
-    cells = consecutive(i[:, :1], i)
-    return jax.tree.map(lambda x, new: write(x, cells, new), block, new), cells, cells - i
-
-
 def _unrolled(ring, i, new):
-    """A ring in the order of positions, then the chunk; as in `_in_a_row`, from its first cell on.
+    """A ring in the order of positions, then the chunk.
 
     A chunk may overwrite cells that its own first tokens still see, so the read is from the ring as
     it was. Its cells before position 0 are empty: no document begins there.

@@ -6,10 +6,12 @@ where it has a way of its own to run one token on blocks as they lie, with
     decode(blocks, i, cell, q, shared, *, options) -> (arrays, z)
     read(blocks, i, q, shared, *, options) -> z
 
-as in `kernels.write_read`. A backend that cannot do what it is asked to raises NotImplementedError
-with the reason, before it computes anything.
+as in `kernels.write_read`; and, where it has one to write a chunk, `write` as in `kernels.cells`. A
+backend that cannot do what it is asked to raises NotImplementedError with the reason, before it
+computes anything.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -18,6 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kernels import cells as slices
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.reverse import NoSuchDerivative, reverse_only
@@ -136,6 +139,19 @@ def attend(
         return z, lse
 
     return run(name, call)
+
+
+def write(name: str, block, cells, new):
+    """Runs `kernels.cells.write`, by the way of its own that a backend may have.
+
+    name: as in `run`.
+    """
+    for candidate in AUTO[platform()] if name == "auto" else (name,):
+        with contextlib.suppress(NotImplementedError):
+            module = _load(candidate)
+            if hasattr(module, "write"):
+                return module.write(block, cells, new)
+    return slices.write(block, cells, new)
 
 
 def check_exact(module, options: Options) -> None:

@@ -11,7 +11,7 @@ from transformer.inference.adjust import Written
 from transformer.inference.completion import Completion, Writer
 from transformer.inference.decode import State, capacity_for, cast_params, decode, stop_ids
 from transformer.inference.options import Options
-from transformer.inference.prefill import CHUNK, empty_row
+from transformer.inference.prefill import chunk_size, empty_row
 from transformer.inference.prompts import prompt_keys, stop_conditions
 from transformer.modes.schedule import parallel
 from transformer.program.fit import check_params
@@ -108,9 +108,10 @@ class Conversation:
             done, self._cache = 0, None
         if self._cache is None:
             self._cache = empty_row(self._model.config, self._capacity)
-        for start in range(done, len(tokens) - 1, CHUNK):
-            chunk = tokens[start : min(start + CHUNK, len(tokens) - 1)]
-            padding = CHUNK - len(chunk)
+        size = chunk_size()
+        for start in range(done, len(tokens) - 1, size):
+            chunk = tokens[start : min(start + size, len(tokens) - 1)]
+            padding = size - len(chunk)
             positions = np.pad(start + np.arange(len(chunk)), (0, padding), constant_values=-1)
             ids = np.pad(chunk, (0, padding))
             self._cache = _read(

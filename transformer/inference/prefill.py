@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.tracing.target import platform
 from transformer.config import Config
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
 from transformer.program.init import init_cache
 from transformer.program.params import Params
 
-CHUNK = 64  # prompt tokens that run at once
+
+def chunk_size() -> int:
+    """How many tokens of a prompt run at once.
+
+    Every chunk reads all weights. On a CPU the products of 64 tokens take longer than that; 512
+    keep more of a GPU or TPU at work, and fit the smallest cache of `generate`.
+    """
+    return 64 if platform() == "cpu" else 512
 
 
 class Prefill:
@@ -39,15 +47,16 @@ class Prefill:
         Args:
           config: makes the cache.
           f, params: the program and its parameters.
-          capacity: cells of each row, a multiple of CHUNK.
+          capacity: cells of each row, not fewer than `chunk_size()`.
           prompts: all that will be asked for, token ids of each, int32 [T].
         """
         self._f, self._params, self._capacity = f, params, capacity
         self._cache, self._chunks, self.positions_run = empty_row(config, capacity), 0, 0
+        self._size = chunk_size()
         if len(prompts) > 1:
-            length = _in_common(prompts) // CHUNK * CHUNK
+            length = _in_common(prompts) // self._size * self._size
             self._cache = self._run(self._cache, prompts[:1], length)
-            self._chunks = length // CHUNK
+            self._chunks = length // self._size
 
     def __call__(self, prompts: Sequence[np.ndarray]) -> Cache:
         """The cache of each prompt after all of its tokens but the last, with an axis of rows."""
@@ -60,11 +69,12 @@ class Prefill:
 
     def _run(self, cache, prompts, length):
         """Runs the first tokens of each prompt, at most `length` and all but the last."""
-        tokens = np.stack([np.pad(x, (0, self._capacity - len(x))) for x in prompts])
+        room = -(-self._capacity // self._size) * self._size
+        tokens = np.stack([np.pad(x, (0, room - len(x))) for x in prompts])
         ends = np.array([min(len(x) - 1, length) for x in prompts], np.int32)
-        self.positions_run += int(np.maximum(ends - self._chunks * CHUNK, 0).sum())
-        chunks = np.int32([self._chunks, -(-length // CHUNK)])
-        return run_chunks(self._f, self._params, cache, tokens, ends, chunks)
+        self.positions_run += int(np.maximum(ends - self._chunks * self._size, 0).sum())
+        chunks = np.int32([self._chunks, -(-length // self._size)])
+        return run_chunks(self._f, self._params, cache, tokens, ends, chunks, self._size)
 
 
 def _in_common(prompts):
@@ -86,22 +96,23 @@ def _take(cache: Cache, rows) -> Cache:
     return jax.tree.map(lambda x: x[rows], cache)
 
 
-@partial(jax.jit, static_argnames="f", donate_argnames="cache")
-def run_chunks(f, params, cache: Cache, tokens, ends, chunks) -> Cache:
+@partial(jax.jit, static_argnames=("f", "size"), donate_argnames="cache")
+def run_chunks(f, params, cache: Cache, tokens, ends, chunks, size) -> Cache:
     """Runs chunks of prompts.
 
     Args:
       cache: of B rows, after the chunks before.
-      tokens: [B, capacity].
+      tokens: [B, T], where T is a multiple of `size`.
       ends: [B], how many tokens of each row there are to run in all.
       chunks: [2], the first chunk and the one behind the last.
+      size: tokens of a chunk; static.
     """
 
     def chunk(n, cache):
-        positions = n * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
+        positions = n * size + jnp.arange(size, dtype=jnp.int32)
 
         def row(cache, tokens, end):
-            tokens = jax.lax.dynamic_slice(tokens, positions[:1], (CHUNK,))
+            tokens = jax.lax.dynamic_slice(tokens, positions[:1], (size,))
             return parallel(f, params, cache, tokens, jnp.where(positions < end, positions, -1))
 
         return jax.vmap(row)(cache, tokens, ends)[0]  # the logits are never computed

@@ -5,5 +5,6 @@
 
 from kernels.backends.triton.attention import attend
 from kernels.backends.triton.decoding import decode
+from kernels.backends.triton.writing import write
 
-__all__ = ["attend", "decode"]
+__all__ = ["attend", "decode", "write"]

@@ -2,7 +2,10 @@
 
 import jax
 import jax_triton
+import jax_triton.triton_lib as jt
 import triton
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
 from kernels.tracing.partition import vary_like
 
@@ -45,3 +48,21 @@ def call(kernel, *operands, outputs, programs, launch, architecture, aliases=Non
         **constants,
     )
     return vary_like(results, arrays)
+
+
+def _lower(ctx, *operands, **parameters):
+    """jax-triton's lowering, with its call as one of XLA's FFI.
+
+    The interface that jax-triton 0.3.1 calls stays outside of CUDA graphs, and hashes all of the
+    kernel under a lock at each launch.
+    """
+    results = jt.triton_kernel_call_lowering(jt.get_cuda_backend, ctx, *operands, **parameters)
+    attributes = results[0].owner.attributes
+    attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+    attributes["mhlo.backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+    attributes["backend_config"] = ir.StringAttr.get("")
+    attributes["api_version"] = mlir.i32_attr(1)  # as JAX has it beside a dictionary
+    return results
+
+
+mlir.register_lowering(jt.triton_kernel_call_p, _lower, platform="cuda")

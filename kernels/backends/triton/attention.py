@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels.backends.triton.adapter import call
 from kernels.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
 from kernels.backends.triton.forward_kernel import forward_kernel
-from kernels.backends.triton.launches import MULTIPLE, launch, width
+from kernels.backends.triton.launches import MULTIPLE, launch, precision, width
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import foldable, vary_like
@@ -83,7 +83,7 @@ def _attend_fwd(options, on, moving, fixed):
     return (z, lse), ((*moving, *fixed), z, lse)
 
 
-def score_constants(options, head_size, value_size, alibi):
+def score_constants(options, on, head_size, value_size, dtype, alibi):
     """The constants that all kernels share: the sizes of a head and how a score is made."""
     plain = options.soft_cap is None and alibi is None
     return {
@@ -91,6 +91,7 @@ def score_constants(options, head_size, value_size, alibi):
         "WIDTH": width(head_size),
         "HV": value_size,
         "VALUE_WIDTH": width(value_size),
+        "PRECISION": precision(on, max(head_size, value_size), dtype),
         "SCALE": options.scale,
         "WINDOW": options.window,
         "SOFT_CAP": options.soft_cap,
@@ -99,8 +100,8 @@ def score_constants(options, head_size, value_size, alibi):
     }
 
 
-def _constants(options, q, keys, values, kv_positions, q_starts, alibi):
-    return score_constants(options, q.shape[3], values.shape[3], alibi) | {
+def _constants(options, on, q, keys, values, kv_positions, q_starts, alibi):
+    return score_constants(options, on, q.shape[3], values.shape[3], q.dtype, alibi) | {
         "N": q.shape[2],
         "K": keys.shape[1],
         "HAS_KV_POSITIONS": kv_positions is not None,
@@ -133,7 +134,7 @@ def _forward(options, on, q, keys, values, sinks, q_positions, kv_positions, q_s
         launch=tile,
         architecture=on,
         HAS_SINKS=sinks is not None,
-        **_constants(options, q, keys, values, kv_positions, q_starts, alibi),
+        **_constants(options, on, q, keys, values, kv_positions, q_starts, alibi),
     )
     return z, lse
 
@@ -160,7 +161,7 @@ def _backward(
     # A sum of products, not an einsum: a GPU would make that a matrix product in lower precision.
     delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(3).swapaxes(1, 2) - dlse
     arrays = (q, keys, values, q_positions, kv_positions, q_starts, alibi, dz, lse, delta)
-    constants = _constants(options, q, keys, values, kv_positions, q_starts, alibi)
+    constants = _constants(options, on, q, keys, values, kv_positions, q_starts, alibi)
     tile = launch("dq", on, max(H, HV), q.dtype)
     (dq,) = call(
         dq_kernel,

@@ -9,7 +9,7 @@ splits in their order (Dao et al., Flash-Decoding, 2023).
 import triton
 import triton.language as tl
 
-from kernels.backends.triton.tiles import LOG2E, PRECISION, load_rows, scores, store_rows
+from kernels.backends.triton.tiles import LOG2E, load_rows, scores, store_rows
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def _read(
     WIDTH: tl.constexpr,
     HV: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UNIT: tl.constexpr,
@@ -86,6 +87,7 @@ def decode_kernel(
     VALUE_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -172,6 +174,7 @@ def decode_kernel(
         WIDTH=WIDTH,
         HV=HV,
         VALUE_WIDTH=VALUE_WIDTH,
+        PRECISION=PRECISION,
         SCALE=SCALE,
         SOFT_CAP=SOFT_CAP,
         UNIT=UNIT,

@@ -125,7 +125,7 @@ def _step(options, on, q, k, v, keys, values, layer, cells, sinks, alibi):
         RING=is_ring(options, S),
         HAS_STARTS=False,
         HAS_SINKS=sinks is not None,
-        **score_constants(options, H, HV, alibi),
+        **score_constants(options, on, H, HV, keys.dtype, alibi),
     )
     if splits > 1:
         tile = launch("combine", on, HV, jnp.float32)

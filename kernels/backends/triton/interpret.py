@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import custom_partitioning_p
 from jax.interpreters import mlir
 from triton.runtime.jit import JITFunction
 
-from kernels.backends.triton import attention, decoding
+from kernels.backends.triton import attention, decoding, writing
 from kernels.backends.triton.launches import INTERPRETER
 from kernels.tracing.target import platform
 
@@ -34,19 +34,20 @@ def _interpreted_op(op):
     """An op of `kernels.backends.triton` whose kernels are run by the interpreter."""
 
     @functools.wraps(op)
-    def run(*operands, options):
+    def run(*operands, **options):
         if platform() != "cpu":
             raise NotImplementedError(
                 f"it interprets kernels on a CPU, and this is a {platform()}; on a CUDA GPU use "
                 "the backend triton."
             )
-        return op(*operands, options=options, on=INTERPRETER)
+        return op(*operands, **options, on=INTERPRETER)
 
     return run
 
 
 attend = _interpreted_op(attention.attend)
 decode = _interpreted_op(decoding.decode)
+write = _interpreted_op(writing.write)
 
 _LOCK = threading.Lock()  # the interpreter keeps the current program in a global
 

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from kernels.backends.triton.table import TABLE
@@ -52,6 +53,27 @@ def width(head_size: int) -> int:
     return max(32, power_of_two(head_size))
 
 
+def bits(dtype) -> int:
+    """Bits of a number as products take it: 19 where float32 is multiplied as TF32.
+
+    XLA does that too on GPUs, unless `jax_default_matmul_precision` asks for more.
+    """
+    dtype = jnp.dtype(dtype)
+    asked = jax.config.jax_default_matmul_precision
+    tf32 = dtype == jnp.float32 and asked not in ("highest", "float32", "F32_F32_F32")
+    return 19 if tf32 else 8 * dtype.itemsize
+
+
+def precision(architecture: int, head_size: int, dtype) -> str:
+    """As `tl.dot` has it: TF32 where `bits` says so and a launch fits."""
+    return "tf32" if _kind(architecture, head_size, dtype) == 19 else "ieee"
+
+
+def _kind(architecture, head_size, dtype):
+    fits = (_FAMILY.get(architecture), bits(dtype), width(head_size)) in TABLE
+    return bits(dtype) if fits else 8 * jnp.dtype(dtype).itemsize
+
+
 def split_size(architecture: int, blocks: int, cells: int) -> int:
     """How many cells one program of the decode kernel reads, of `blocks` blocks of `cells` cells.
 
@@ -65,7 +87,7 @@ def split_size(architecture: int, blocks: int, cells: int) -> int:
 
 
 def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
-    """The entry of the table for one of the kernels forward, dq, dkdv, decode and combine.
+    """The entry of the table for a kernel: forward, dq, dkdv, decode; or for combine and write.
 
     Raises:
       NotImplementedError: the table has no entry for the architecture, head size or dtype.
@@ -73,17 +95,17 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"triton kernels take float32, bfloat16, float16; got {dtype}.")
-    largest = LARGEST_DECODED if kernel in ("decode", "combine") else LARGEST
+    largest = LARGEST if kernel in ("forward", "dq", "dkdv") else LARGEST_DECODED
     if head_size > largest:
-        what = "for one token" if largest == LARGEST_DECODED else "for several tokens"
+        what = "for several tokens" if largest == LARGEST else "for one token"
         raise NotImplementedError(
             f"triton kernels take a head size up to {largest} {what}; got {head_size}."
         )
     tried, how = _trial.get()
     if kernel == tried:
         return how
-    if kernel == "combine":
-        return Launch(1, 16, 4, 2)
+    if kernel in _ALWAYS:
+        return _ALWAYS[kernel]
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
     if architecture not in _FAMILY:
@@ -91,7 +113,8 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
         raise NotImplementedError(
             f"triton kernels run on compute capability {known}; got {architecture / 10}."
         )
-    launches = TABLE.get((_FAMILY[architecture], 8 * dtype.itemsize, width(head_size)), {})
+    kind = _kind(architecture, head_size, dtype)
+    launches = TABLE.get((_FAMILY[architecture], kind, width(head_size)), {})
     if kernel not in launches:
         raise NotImplementedError(
             f"the triton kernel {kernel!r} with {dtype} heads of {head_size} numbers does not fit "
@@ -104,6 +127,9 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
 # workstation and consumer chips, 99 KiB.
 _FAMILY = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 80}
 
+
+# What only moves data, or next to nothing.
+_ALWAYS = {"combine": Launch(1, 16, 4, 2), "write": Launch(16, 16, 4, 1)}
 
 # Small tiles, unequal on purpose, so that small arrays have several of them.
 _INTERPRETED = {

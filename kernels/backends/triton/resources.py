@@ -86,7 +86,8 @@ def _kernels(lowered):
             continue
         if "triton_kernel_call" not in str(attributes["call_target_name"]):
             continue
-        call = _fields(zlib.decompress(attributes["backend_config"].value_bytes))
+        config = attributes["mhlo.backend_config"]["opaque"]
+        call = _fields(zlib.decompress(config.value_bytes))
         kernel = _fields(_fields(call[1])[1])
         shared = kernel.get(3, 0)  # fields that are zero are left out
         yield kernel[1].decode(), kernel[2], shared, kernel[4].decode(), kernel[6]

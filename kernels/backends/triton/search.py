@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.backends.triton import attend, decode, table
-from kernels.backends.triton.launches import Launch, trial
+from kernels.backends.triton.launches import Launch, bits, trial
 from kernels.backends.triton.resources import Kernel, compiled, instructions, lower
 from kernels.blocks import Blocks
 from kernels.operands import Shared, Where
@@ -56,7 +56,7 @@ def misfit(found: Kernel, dtype) -> str | None:
         return f"{found.stack} bytes of stack, {found.spills} spilled"
     if found.shared > SHARED[found.architecture]:
         return f"{found.shared} bytes of shared memory"
-    matrices = found.name in ("forward_kernel", "dq_kernel") and jnp.dtype(dtype).itemsize == 2
+    matrices = found.name in ("forward_kernel", "dq_kernel") and bits(dtype) < 32
     if found.architecture == 90 and matrices and not instructions(found)["HGMMA"]:
         return "no HGMMA"
     return None
@@ -149,6 +149,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", type=int, required=True, choices=sorted(SHARED))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--precision", default="highest", choices=["highest", "tensorfloat32"])
     parser.add_argument("--width", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
     parser.add_argument("--time", type=int, default=0, help="time so many that fit, on this GPU")
@@ -163,6 +164,7 @@ def main():
             parser.error(f"--time: {error}")
         if here != args.architecture:
             parser.error(f"--time: this GPU is of architecture {here}.")
+    jax.config.update("jax_default_matmul_precision", args.precision)
     entries = {key: dict(row) for key, row in table.TABLE.items()}
     for width, kernel in itertools.product(args.width, args.kernel):
         print(f"sm_{args.architecture} {args.dtype} width {width} {kernel}")
@@ -174,7 +176,7 @@ def main():
                 print(f"  {tuple(launch)}: {duration * 1e6:.0f} us")
             found = [launch for _, launch in sorted(timed)]
         if found:
-            key = args.architecture, 8 * jnp.dtype(args.dtype).itemsize, width
+            key = args.architecture, bits(args.dtype), width
             entries.setdefault(key, {})[kernel] = found[0]
             print(f"  -> {tuple(found[0])}")
     if args.write:

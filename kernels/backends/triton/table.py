@@ -1,9 +1,9 @@
 """How each kernel is launched; `kernels.backends.triton.search` writes here what it finds.
 
-{(architecture, bits of the dtype, width of a head): {kernel: (tile of queries, tile of keys, warps,
-stages)}}. Large tiles that need no stack and no spilled register, with triton 3.6.0 and 3.7.1; not
-yet timed on a GPU. A kernel that is missing does not fit. The width is that of keys or of values,
-whichever is larger.
+{(architecture, bits of a number, width of a head): {kernel: (tile of queries, tile of keys, warps,
+stages)}}, where float32 that is multiplied as TF32 has 19 bits. Large tiles that need no stack and
+no spilled register, with triton 3.6.0 and 3.7.1 (of 19 bits: 3.7.1); not yet timed on a GPU. A
+kernel that is missing does not fit. The width is that of keys or of values, whichever is larger.
 """
 
 TABLE = {
@@ -35,6 +35,27 @@ TABLE = {
         "decode": (16, 32, 8, 2),
     },
     (80, 16, 1024): {
+        "decode": (16, 32, 8, 1),
+    },
+    (80, 19, 32): {
+        "forward": (128, 128, 8, 1),
+        "dq": (128, 64, 8, 3),
+        "dkdv": (32, 128, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (80, 19, 64): {
+        "forward": (128, 64, 8, 2),
+        "dq": (128, 32, 8, 2),
+        "dkdv": (16, 128, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (80, 19, 128): {
+        "forward": (64, 64, 8, 1),
+        "dq": (32, 32, 8, 2),
+        "dkdv": (16, 64, 8, 1),
+        "decode": (16, 64, 4, 2),
+    },
+    (80, 19, 512): {
         "decode": (16, 32, 8, 1),
     },
     (80, 32, 32): {
@@ -93,6 +114,36 @@ TABLE = {
     },
     (90, 16, 1024): {
         "decode": (16, 32, 8, 2),
+    },
+    (90, 19, 32): {
+        "forward": (128, 128, 8, 3),
+        "dq": (128, 64, 8, 3),
+        "dkdv": (64, 128, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (90, 19, 64): {
+        "forward": (128, 128, 8, 3),
+        "dq": (128, 64, 8, 3),
+        "dkdv": (64, 64, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (90, 19, 128): {
+        "forward": (128, 64, 8, 2),
+        "dq": (64, 64, 8, 2),
+        "dkdv": (32, 64, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (90, 19, 256): {
+        "forward": (64, 32, 8, 2),
+        "dq": (64, 32, 8, 1),
+        "dkdv": (64, 16, 8, 2),
+        "decode": (16, 64, 4, 2),
+    },
+    (90, 19, 512): {
+        "decode": (16, 32, 8, 2),
+    },
+    (90, 19, 1024): {
+        "decode": (16, 32, 8, 1),
     },
     (90, 32, 32): {
         "forward": (64, 32, 4, 2),
@@ -153,6 +204,36 @@ TABLE = {
     },
     (100, 16, 1024): {
         "decode": (16, 32, 8, 2),
+    },
+    (100, 19, 32): {
+        "forward": (128, 128, 8, 3),
+        "dq": (128, 64, 8, 3),
+        "dkdv": (64, 64, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (100, 19, 64): {
+        "forward": (128, 128, 8, 3),
+        "dq": (128, 64, 8, 3),
+        "dkdv": (32, 128, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (100, 19, 128): {
+        "forward": (128, 64, 8, 2),
+        "dq": (64, 64, 8, 2),
+        "dkdv": (16, 64, 8, 2),
+        "decode": (16, 64, 4, 3),
+    },
+    (100, 19, 256): {
+        "forward": (64, 64, 8, 1),
+        "dq": (32, 16, 8, 2),
+        "dkdv": (64, 16, 8, 2),
+        "decode": (16, 64, 4, 2),
+    },
+    (100, 19, 512): {
+        "decode": (16, 32, 8, 2),
+    },
+    (100, 19, 1024): {
+        "decode": (16, 32, 8, 1),
     },
     (100, 32, 32): {
         "forward": (64, 32, 4, 2),

@@ -9,9 +9,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # kernels count in powers of two: exp2 is one instruction
 LN2 = tl.constexpr(0.6931471805599453)
-# float32 means float32: three tf32 products would use tensor cores, but hold so many registers that
-# all head sizes from 128 spill. Half precision always uses tensor cores.
-PRECISION = tl.constexpr("ieee")
 SCAN = tl.constexpr(1024)  # rows or cells looked at in one step of a search for visible tiles
 FAR = tl.constexpr(2147483647)
 

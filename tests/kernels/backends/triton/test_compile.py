@@ -18,13 +18,14 @@ from kernels.options import Options
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
 pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
 
-from kernels.backends.triton import attend, decode, search, table
+from kernels.backends.triton import attend, decode, search, table, write
 from kernels.backends.triton.launches import Launch, launch, split_size
 from kernels.backends.triton.resources import array_shapes, compiled, instructions, lower
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bfloat16", "float32")
 WIDTHS = (32, 64, 128, 256)
+TF32 = [(80, 32), (80, 64), (80, 128), (90, 32), (90, 64), (90, 256), (100, 64), (100, 128)]
 B, T, N, K = 2, 1056, 8, 2
 
 
@@ -48,6 +49,14 @@ def lower_training(architecture, H, dtype, HV=None, T=T, alibi=None, **choices):
     values = array(B, K, T, HV or H, dtype=dtype)
     arrays = (q, keys, values, array(B, T), array(B, T), alibi)
     return lower(gradients, *arrays, architecture=architecture)
+
+
+def lower_write(architecture, H, dtype):
+    shapes = (B, K, 8192, H), (B, T), (B, K, T, H)
+    block, cells, new = (
+        array(*shape, dtype=d) for shape, d in zip(shapes, (dtype, jnp.int32, dtype), strict=True)
+    )
+    return lower(write, block, cells, new, architecture=architecture)
 
 
 def lower_decode(architecture, H, dtype, HV=None, S=8192, **choices):
@@ -89,9 +98,10 @@ def combinations(*values):
 def test_shipped_kernels_fit(architecture, dtype, H, report):
     kernels = compiled(lower_training(architecture, H, dtype))
     kernels += compiled(lower_decode(architecture, H, dtype))
+    kernels += compiled(lower_write(architecture, H, dtype))
     report(kernels, H, dtype)
-    names = ["forward_kernel", "dq_kernel", "dkdv_kernel", "decode_kernel", "combine_kernel"]
-    assert [kernel.name for kernel in kernels] == names
+    names = ["forward", "dq", "dkdv", "decode", "combine", "write"]
+    assert [kernel.name for kernel in kernels] == [f"{name}_kernel" for name in names]
     for kernel in kernels:
         assert search.misfit(kernel, dtype) is None, kernel.name
         assert kernel.ptx_version <= 8.8, kernel.name
@@ -116,6 +126,23 @@ def test_latent_attention_fits(architecture, dtype, report):
         assert kernel.shared <= search.SHARED[architecture], kernel.name
         # As below, a few values may wait on the stack; with triton 3.6.0 they take 40 bytes.
         assert kernel.stack <= 40, kernel.name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "H"),
+    [(90, 128), *(pytest.param(a, H, marks=pytest.mark.thorough) for a, H in TF32)],
+)
+def test_float32_as_jax_multiplies_it(architecture, H, report):
+    """By default on tensor cores, as XLA's own products on a GPU."""
+    with jax.default_matmul_precision("default"):
+        kernels = compiled(lower_training(architecture, H, "float32"))
+        kernels += compiled(lower_decode(architecture, H, "float32"))
+        report(kernels, H, "tf32")
+        for kernel in kernels:
+            assert search.misfit(kernel, "float32") is None, kernel.name
+    instruction = "HGMMA" if architecture == 90 else "HMMA"
+    if architecture < 100:
+        assert instructions(kernels[0])[instruction]
 
 
 def test_heads_too_large_for_the_kernels():

@@ -1,0 +1,33 @@
+"""The cells of a chunk, written where each row of a batch has come to: one launch, in place."""
+
+import triton
+import triton.language as tl
+
+from kernels.backends.triton.tiles import load_rows, store_rows
+
+
+@triton.jit
+def write_kernel(
+    block,
+    cells,
+    new,
+    S,
+    T,
+    block_out,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """block and block_out (the same buffer) [B, K, S, H]; cells [B, T]; new [B, K, T, H].
+
+    A cell outside of the block is not written. Programs: B * K * ceil(T / BLOCK_M).
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # of all B * K
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    slots = tl.load(cells + head // K * T + rows, mask=rows < T, other=-1)
+    inside = (slots >= 0) & (slots < S)
+    written = load_rows(new, head * T + rows, H, inside, H, WIDTH)
+    store_rows(block_out, head * S + slots, H, inside, written, H, WIDTH)
