@@ -1,4 +1,4 @@
-"""Makes fixtures/processors.npz: what the logits processors of transformers make of some logits.
+"""Makes the fixtures of this folder: what transformers makes of logits, and its beam search.
 
 It needs packages that the tests do not, in an environment of its own:
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.generation import logits_process as theirs
 
 ROWS, V, T = 6, 40, 12
@@ -40,4 +41,27 @@ for name, processors in PROCESSORS.items():
     for processor in processors:
         made = processor(torch.tensor(tokens), made)
     arrays[name] = made.numpy()
-np.savez_compressed(Path(__file__).parent / "fixtures" / "processors.npz", **arrays)
+FIXTURES = Path(__file__).parent / "fixtures"
+np.savez_compressed(FIXTURES / "processors.npz", **arrays)
+
+# 4 beams of a model that the tests of formats have; 24 and 37 end them.
+PUBLISHED = Path(__file__).parents[1] / "storage" / "formats" / "fixtures" / "llama"
+model = AutoModelForCausalLM.from_pretrained(PUBLISHED).eval()
+beams = {"prompts": np.array([[3, 9, 27, 33], [40, 2, 7, 11], [5, 6, 7, 8]], np.int32)}
+for penalty in (0.5, 2.0):
+    for n, prompt in enumerate(beams["prompts"]):
+        found = model.generate(
+            torch.tensor(prompt[None]).long(),
+            num_beams=4,
+            num_return_sequences=4,
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=[24, 37],
+            pad_token_id=0,
+            length_penalty=penalty,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        beams[f"tokens {penalty} {n}"] = found.sequences[:, len(prompt) :].numpy().astype(np.int32)
+        beams[f"scores {penalty} {n}"] = found.sequences_scores.numpy()
+np.savez_compressed(FIXTURES / "beams.npz", **beams)
