@@ -1,5 +1,6 @@
 """Settings of the whole suite, made before JAX starts, random numbers, and what is printed."""
 
+import gc
 import os
 import secrets
 import zlib
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import Phase, settings
 
-# Most of a test is compiling. Without LLVM's optimisation, and with the older way to make code of a
-# fusion where there still is one, that takes a fifth of the time. Which numbers share a
-# multiply-add then depends on what is compiled around them, so equal bits are tested without.
-FLAGS = ["--xla_backend_optimization_level=0"]
+# Most of a test is compiling. Without LLVM's optimisation, with all of a program as one piece, and
+# with the older way to make code of a fusion where there still is one, that takes a sixth of the
+# time. Which numbers share a multiply-add then depends on what is compiled around them, so equal
+# bits are tested without these flags.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 OLDER_FUSIONS = version("jaxlib").startswith("0.10.")
 if OLDER_FUSIONS:
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 if "UNISON_TESTS_OPTIMISED" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+
+# Tracing makes many objects that live on; looking for garbage among them took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 # An example compiles for seconds: no deadline, and a failing one is reported as it was found, since
 # shrinking it would compile hundreds of others.
