@@ -13,6 +13,9 @@ from transformer.modes.schedule import parallel
 
 SEED, TOKENS = 0, 72  # more than a tile of most kernels, and not whole tiles
 
+# No optimisation by LLVM, and all of a program as one piece.
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+
 
 class Outcome(NamedTuple):
     """What a way to run the tokens gives, as lists of arrays; empty where it was not looked at."""
@@ -123,7 +126,7 @@ class Trial:
 def compiled(f: Callable) -> Callable:
     """jax.jit, as fast as it can be had: most functions here run once."""
     on_cpu = jax.default_backend() == "cpu"
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)
+    return jax.jit(f, compiler_options=_QUICKLY if on_cpu else None)
 
 
 def is_floating(x) -> bool:
