@@ -44,7 +44,8 @@ def attend(query, cells, visible, shared):
     """A read of one query: softmax over the cells, which also know where they lie."""
     scores = cells["key"] @ query + 0.1 * jnp.arange(len(visible)) * shared
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-    return {"mean": weights @ cells["value"], "peak": jnp.where(visible, scores, -9.0).max()}
+    total = jax.nn.logsumexp(scores, where=visible)
+    return {"mean": weights @ cells["value"], "total": total}
 
 
 def average(query, cells, visible, shared):
