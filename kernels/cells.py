@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kernels.blocks import Blocks
 from kernels.options import Options
+from kernels.tracing.linear import linear_call
 
 
 def is_ring(options: Options, size: int) -> bool:
@@ -56,13 +57,39 @@ def write(block, cells, new):
     if cells.shape[0] == 1:
         return row(block, cells[0], new)
 
-    def each(b, block):
-        one = partial(jax.lax.dynamic_index_in_dim, index=b, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(
-            block, row(one(block), one(cells), one(new)), b, 0
-        )
+    def rows(cells, operands):
+        def each(b, block):
+            one = partial(jax.lax.dynamic_index_in_dim, index=b, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(
+                block, row(one(block), one(cells), one(new)), b, 0
+            )
 
-    return jax.lax.fori_loop(0, block.shape[0], each, block)
+        block, new = map(_bits, operands)
+        written = jax.lax.fori_loop(0, len(block), each, block)
+        return jax.lax.bitcast_convert_type(written, operands[0].dtype)
+
+    return linear_call(rows, write_transposed, cells, (block, new), results=block)
+
+
+def write_transposed(cells, dblock):
+    """Cotangents of block and new: a cell that was written passes its own on to the new one."""
+    size = dblock.shape[2]
+    inside = (cells >= 0) & (cells < size)
+    first = jnp.where(inside, cells, size).min(1, keepdims=True)
+    last = jnp.where(inside, cells, -1).max(1, keepdims=True)
+    slots = jnp.arange(size, dtype=cells.dtype)
+    kept = (slots < first) | (slots > last)
+    dnew = take(dblock, jnp.clip(cells, 0, size - 1))
+    mask = lambda chosen, x: jnp.where(chosen[:, None, :, None], x, 0)
+    return mask(kept, dblock), mask(inside, dnew)
+
+
+def _bits(x):
+    """Numbers of 16 bits as integers, others as they are.
+
+    XLA on a CPU updates bfloat16 in float32: in a loop it would convert the whole block each time.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _write_whole(block, cells, new):
@@ -148,7 +175,7 @@ def write_one(blocks: Blocks, cells, cell, axis: int = 1):
 
         def one(x, new):
             new = jax.lax.dynamic_index_in_dim(new, b, keepdims=False)[0]
-            new = jnp.expand_dims(new, axis).astype(x.dtype)
+            new = jnp.expand_dims(new, axis)
             size = x.shape[x.ndim - new.ndim + axis]
             inside = (slot >= 0) & (slot < size)
             at = blocks.index(
@@ -160,7 +187,11 @@ def write_one(blocks: Blocks, cells, cell, axis: int = 1):
 
         return jax.tree.map(one, arrays, cell)
 
-    if not blocks.batched:
-        return row(0, blocks.arrays)
-    count = jax.tree.leaves(blocks.arrays)[0].shape[0]
-    return jax.lax.fori_loop(0, count, row, blocks.arrays)
+    given = blocks.arrays
+    cell = jax.tree.map(lambda x, new: _bits(new.astype(x.dtype)), given, cell)
+    arrays = jax.tree.map(_bits, given)
+    if blocks.batched:
+        arrays = jax.lax.fori_loop(0, len(jax.tree.leaves(arrays)[0]), row, arrays)
+    else:
+        arrays = row(0, arrays)
+    return jax.tree.map(lambda x, y: jax.lax.bitcast_convert_type(y, x.dtype), given, arrays)

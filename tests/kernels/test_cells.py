@@ -99,3 +99,29 @@ def test_cells_are_taken_for_all_rows_or_for_each():
     np.testing.assert_array_equal(take(BLOCK, index[:1]), BLOCK[:, :, index[0]])
     want = np.stack([x[:, n] for x, n in zip(stacked(BLOCK), index, strict=True)])
     np.testing.assert_array_equal(take(stacked(BLOCK), index), want)
+
+
+def test_bfloat16_is_written_as_it_is(compiled_text):
+    """XLA on a CPU would otherwise make float32 of the whole block, for each row."""
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    block, rows = array(3, 2, 40, 8), array(3, 5, dtype=jnp.int32)
+    one = jax.jit(lambda x, i, new: write_one(Blocks(x, batched=True), i[:, 0], new))
+    for function, new in ((write, array(3, 2, 5, 8)), (one, array(3, 1, 2, 8))):
+        text = compiled_text(function.lower(block, rows, new))
+        assert "bf16[3,2,40,8]" in text and "f32[3,2,40,8]" not in text.replace("bf16", "half")
+
+
+def test_the_gradient_of_a_ragged_chunk():
+    """In float64, against finite differences of a map that is linear."""
+    rng = np.random.default_rng(0)
+    cells = jnp.int32([[2, 3, -1], [5, 6, 7], [-1, -1, -1]])
+    with jax.enable_x64(True):
+        block, new, weights = (
+            rng.standard_normal(s) for s in ((3, 2, S, 3), (3, 2, 3, 3), (3, 2, S, 3))
+        )
+        value = lambda block, new: (weights * write(block, cells, new)).sum()
+        dblock, dnew = jax.grad(value, (0, 1))(block, new)
+        np.testing.assert_allclose((dblock * block).sum() + (dnew * new).sum(), value(block, new))
+        np.testing.assert_array_equal(dblock[2], weights[2])
+        np.testing.assert_array_equal(dnew[1, :, 0], weights[1, :, 5])
+        assert not dblock[0, :, 2:4].any() and not dnew[1, :, 2].any()

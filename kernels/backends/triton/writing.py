@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels.backends.triton.adapter import call
 from kernels.backends.triton.launches import launch, width
 from kernels.backends.triton.write_kernel import write_kernel
-from kernels.cells import take
+from kernels.cells import write_transposed
 from kernels.tracing.linear import linear_call
 from kernels.tracing.partition import foldable
 from kernels.tracing.target import architecture
@@ -38,7 +38,7 @@ def write(block, cells, new, *, on: int | None = None):
         raise NotImplementedError("a slice update writes this in place.")
     launch("write", on, block.shape[3], block.dtype)
     run = partial(_run, on)
-    return linear_call(run, _transpose, cells.astype(jnp.int32), (block, new), results=block)
+    return linear_call(run, write_transposed, cells.astype(jnp.int32), (block, new), results=block)
 
 
 def _run(on, cells, operands):
@@ -66,18 +66,4 @@ def _write(on, new, block, cells):
         K=K,
         H=H,
         WIDTH=width(H),
-    )
-
-
-def _transpose(cells, dblock):
-    """A cell that was written passes its cotangent on to the new one, the others to the old."""
-    size = dblock.shape[2]
-    inside = (cells >= 0) & (cells < size)
-    dnew = take(dblock, jnp.clip(cells, 0, size - 1))
-    first = jnp.where(inside, cells, size).min(1, keepdims=True)
-    last = jnp.where(inside, cells, -1).max(1, keepdims=True)
-    slots = jnp.arange(size)[None]
-    kept = (slots < first) | (slots > last)
-    return jnp.where(kept[:, None, :, None], dblock, 0), jnp.where(
-        inside[:, None, :, None], dnew, 0
     )
