@@ -161,4 +161,4 @@ def _add_peer(rows, python, suite):
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, keep_compiled=False)  # it says how long compiling takes

@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where this project keeps what it can make again, in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "unison"
+
+
 def write_json(path: Path, value) -> None:
     """Writes a value as JSON into a file, in one atomic step."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -18,8 +18,13 @@ from experiments.run.process import keep_memory
 _PACKAGES = ("transformer", "kernels", "experiments")
 
 
-def start(main: Callable[[list[str]], None]) -> None:
-    """Runs a program of absl flags; flags that cannot be parsed end it with status 2."""
+def start(main: Callable[[list[str]], None], *, keep_compiled: bool = True) -> None:
+    """Runs a program of absl flags; flags that cannot be parsed end it with status 2.
+
+    Args:
+      main: the program.
+      keep_compiled: whether what JAX compiles is kept for the next run.
+    """
 
     for stream in (sys.stdout, sys.stderr):
         # What a terminal cannot show, text of a model above all, must not end a run.
@@ -46,6 +51,8 @@ def start(main: Callable[[list[str]], None]) -> None:
             logging.getLogger(name).addHandler(_notices)
             logging.getLogger(name).propagate = False
         keep_memory()
+        if keep_compiled:
+            _keep_compiled()
         main(argv)
 
     try:
@@ -53,6 +60,18 @@ def start(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # `| head` has read enough; Python's own last flush must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _keep_compiled():
+    """JAX keeps what it compiles in the user's cache directory, unless its settings say where."""
+    import jax  # not above, so that --help needs no import of jax
+
+    from transformer.files import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        # Not only what takes a second: a start compiles many small programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextlib.contextmanager

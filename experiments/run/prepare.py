@@ -1,7 +1,6 @@
 """A training run, made ready: new, or where its last checkpoint left it."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from transformer.data.split import split
 from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
 from transformer.devices.layout import shard_batch, state_shardings
 from transformer.devices.mesh import make_mesh
+from transformer.files import cache_folder
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
 from transformer.storage.model import (
     CONFIG_FILE,
@@ -218,9 +218,8 @@ def make_tokenizer(data: Data, training: Sequence[Document]) -> Tokenizer:
     """Bytes, or BPE trained on the training documents and kept in the user's cache folder."""
     if data.tokenizer == "bytes":
         return byte_tokenizer()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     texts = [document.text for document in training]
-    return cached_bpe(texts, data.vocab_size, Path(cache) / "unison")
+    return cached_bpe(texts, data.vocab_size, cache_folder())
 
 
 def restore(

@@ -90,3 +90,29 @@ def test_tables_fit_80_columns(capsys):
     assert max(map(len, lines)) <= 80
     assert all(word in "\n".join(lines) for word in name.split())
     assert any(line.split()[-6:] == ["123.4"] * 6 for line in lines)
+
+
+def test_what_is_compiled_is_kept(tmp_path):
+    program = "\n".join(
+        (
+            "from experiments.run import cli",
+            "def main(argv):",
+            "    import jax",
+            "    print(jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((9, 9))))",
+            "cli.start(main)",
+        )
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    kept = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.stdout, done.stderr) == ("729.0\n", "")
+        kept.append(sorted(path.name for path in tmp_path.glob("unison/compiled/*-cache")))
+    assert kept[0] == kept[1]
+    assert kept[0]
