@@ -25,6 +25,7 @@ from transformer.inference.generate import generate
 from transformer.storage.checkpoint import CheckpointError
 from transformer.storage.model import Model
 from transformer.training.evaluation import evaluate, make_eval_step
+from transformer.training.lora import merged
 
 with cli.flag_errors():
     _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/demo.py")
@@ -89,7 +90,7 @@ def train(run: TrainingRun) -> int:
             if not (validates or samples or saves or stop.requested):
                 continue
             with out.meter.pause():
-                averaged = state.params if state.ema is None else state.ema
+                averaged = merged(state.base, state.params if state.ema is None else state.ema)
                 loss = out.validate(step, averaged) if validates else None
                 if samples:
                     out.sample(step, averaged)

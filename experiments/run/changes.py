@@ -10,7 +10,13 @@ from transformer.storage.checkpoint import LayoutError
 EXPERIMENT_FILE = "experiment.json"
 
 # Where the settings are that say how an item of a checkpoint is laid out.
-_SETTINGS_OF = {"optimizer_state": "optimizer.", "ema": "train.ema_decay", "params": "model."}
+_SETTINGS_OF = {
+    "optimizer_state": ("optimizer.", "lora."),
+    "ema": "train.ema_decay",
+    "params": "model.",
+    "adapters": "lora.",
+    "adapters_ema": "train.ema_decay",
+}
 
 
 def changes(before: dict, experiment: Experiment) -> dict[str, tuple]:
@@ -54,8 +60,8 @@ def explain_layout(error: LayoutError, experiment: Experiment) -> str:
         name: values
         for name, values in changes(error.metadata["config"], experiment).items()
         if name.startswith(_SETTINGS_OF[error.item])
-        # A number that has become another one lays nothing out otherwise.
-        and not all(type(value) in (int, float) for value in values)
+        # A number that has become another one lays nothing out otherwise, but for the rank.
+        and (name == "lora.rank" or not all(type(value) in (int, float) for value in values))
     }
     if not changed:
         return f"{error} Another version of Unison saved it; begin anew in another --workdir."

@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from kernels.backends.choice import check_backend
 from transformer.config import Config, fits, wrong_type
 from transformer.numerics.numerics import Numerics
+from transformer.training.lora import LoraConfig
 from transformer.training.optimizer import OptimizerConfig
 
 
@@ -29,6 +30,9 @@ class Data:
     path: a glob of the files, in which `**` matches folders at any depth; None: the source of
       Python's standard library.
     separator: the text between the documents of a file; None: each file is a document.
+    chat: whether the files are JSON lines of conversations, each an object whose "messages" have a
+      "role" and a "content". The template of the model's tokenizer makes a text of them, of which
+      what the assistant says counts in the loss. Neither separator nor document_length apply.
     document_length: documents of more characters are cut, at the ends of lines; None: only where
       all the corpus is one document, which is cut into about 100 pieces.
     tokenizer: "bytes", or "bpe" trained on the training documents.
@@ -40,6 +44,7 @@ class Data:
 
     path: str | None = None
     separator: str | None = None
+    chat: bool = False
     document_length: int | None = None
     tokenizer: str = "bpe"
     vocab_size: int = 2048
@@ -52,6 +57,10 @@ class Data:
         _require_positive(self, "batch_size", "length")
         if self.tokenizer not in ("bytes", "bpe"):
             raise ValueError(f"tokenizer={self.tokenizer!r} does not exist; choose bytes or bpe.")
+        if self.chat and (self.separator is not None or self.document_length is not None):
+            raise ValueError(
+                "chat=True: a line is a conversation; separator and document_length must be None."
+            )
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,7 @@ class Experiment:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     init: Init = field(default_factory=Init)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     devices: Devices = field(default_factory=Devices)
 
     def __post_init__(self):
@@ -155,6 +165,11 @@ class Experiment:
                 f"config.data.batch_size={self.data.batch_size} must be a multiple of "
                 f"config.train.accumulate={self.train.accumulate}, so that the parts are equal."
             )
+        if self.init.path is None and (self.lora.rank is not None or self.data.chat):
+            what = (
+                "config.data.chat=True" if self.data.chat else f"config.lora.rank={self.lora.rank}"
+            )
+            raise ValueError(f"{what} is for a model that is there; give config.init.path.")
         model = self.architecture(vocab_size=1)
         if self.init.path is None:
             self.require_room(model, "config.model.max_length")

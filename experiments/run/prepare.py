@@ -19,7 +19,7 @@ from transformer.data.corpus import read_corpus
 from transformer.data.documents import Document, counted, cut, default_length
 from transformer.data.split import split
 from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
-from transformer.devices.layout import shard_batch, state_shardings
+from transformer.devices.layout import param_shardings, shard_batch, state_shardings
 from transformer.devices.mesh import make_mesh
 from transformer.files import cache_folder
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
@@ -30,6 +30,7 @@ from transformer.storage.model import (
     read_config,
     require_same_architecture,
 )
+from transformer.training.lora import Adapters, LoraConfig, init_adapters, merged
 from transformer.training.optimizer import OptimizerConfig, make_optimizer
 from transformer.training.step import TrainState, first_state, init_state, make_train_step
 
@@ -74,7 +75,9 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         training, held_out = split(read_documents(data), data.validation_fraction)
     begun = (workdir / CONFIG_FILE).exists()
     saved = begun and bool(Checkpoints(workdir, read_only=True).steps)
-    given = None if saved or experiment.init.path is None else given_model(experiment)
+    adapts = experiment.lora.rank is not None
+    needed = experiment.init.path is not None and (adapts or not saved)
+    given = given_model(experiment) if needed else None
     if begun:
         tokenizer = Tokenizer.load(workdir)
     else:
@@ -88,11 +91,21 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
 
     with named_in_full("optimizer", OptimizerConfig):
         optimizer = make_optimizer(experiment.optimizer, options.steps)
-    init = partial(init_state, model, optimizer, ema_decay=options.ema_decay)
     key = jax.random.key(options.seed)
+    base = given.params if adapts else None
+
+    def init(key):
+        if base is None:
+            return init_state(model, optimizer, key, options.ema_decay)
+        adapters = init_adapters(experiment.lora, base, key)
+        return first_state(adapters, optimizer, options.ema_decay)
+
+    with named_in_full("lora", LoraConfig):
+        abstract = jax.eval_shape(init, key)
     with named_in_full("devices", Devices):
         mesh = make_mesh(experiment.devices.mesh)
-    shardings = state_shardings(mesh, jax.eval_shape(init, key))
+    shardings = state_shardings(mesh, abstract)
+    base_shardings = None if base is None else param_shardings(mesh, base)
     with named_in_full("train", Train):
         train_step = make_train_step(
             model,
@@ -102,21 +115,21 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
             accumulate=options.accumulate,
             z_loss=options.z_loss,
             ema_decay=options.ema_decay,
-            state_shardings=shardings,
+            state_shardings=shardings.replace(base=base_shardings),
         )
     start, state, data_state = 0, None, None
     if (workdir / FOLDER).exists():
-        start, state, data_state = restore(
-            workdir, jax.eval_shape(init, key), shardings, experiment
-        )
+        start, state, data_state = restore(workdir, abstract, shardings, experiment)
         if start >= options.steps:
             return None
-    if state is None and given is None:
+    if state is None and (given is None or adapts):
         state = jax.jit(init, out_shardings=shardings)(key)
     elif state is None:
         begin = partial(first_state, optimizer=optimizer, ema_decay=options.ema_decay)
         params = jax.device_put(given.params, shardings.params)
         state = jax.jit(begin, out_shardings=shardings)(params)
+    if base is not None:
+        state = state.replace(base=jax.device_put(base, base_shardings))
 
     with named_in_full("data", Data):
         batches = train_batches(
@@ -127,8 +140,11 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
             data.seed,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
+            chat=data.chat,
         )
-        validation = validation_batches(held_out, tokenizer, data.batch_size, data.length)
+        validation = validation_batches(
+            held_out, tokenizer, data.batch_size, data.length, chat=data.chat
+        )
     batches = iter(batches)
     if data_state is not None:
         batches.set_state(data_state)
@@ -201,8 +217,9 @@ def shorten_warmup(experiment: Experiment) -> Experiment:
 
 def read_documents(data: Data) -> list[Document]:
     """Reads the corpus; a single document is cut, for some of it to be held out, and it is said."""
-    documents = read_corpus(data.path, data.separator, data.document_length)
-    if len(documents) > 1 or data.document_length is not None:
+    separator = "\n" if data.chat else data.separator
+    documents = read_corpus(data.path, separator, data.document_length)
+    if len(documents) > 1 or data.document_length is not None or data.chat:
         return documents
     [document] = documents
     pieces = cut(document, default_length(document))
@@ -243,11 +260,26 @@ def restore(
     except LayoutError as error:
         raise CheckpointError(explain_layout(error, experiment)) from error
     step = jax.device_put(np.int32(restored.step), shardings.step)
-    return restored.step, TrainState(step, **restored.items), restored.metadata["data"]
+    names = {item: name for name, item in _item_names(abstract).items()}
+    trained = {names[item]: tree for item, tree in restored.items.items()}
+    return restored.step, TrainState(step, **trained), restored.metadata["data"]
 
 
 def checkpoint_items(state: TrainState) -> dict:
-    """What a checkpoint holds of a state, whose step is the checkpoint's own."""
-    names = ("params", "optimizer_state", "ema")
-    items = {name: getattr(state, name) for name in names}
-    return {name: tree for name, tree in items.items() if tree is not None}
+    """What a checkpoint holds of a state, whose step is the checkpoint's own.
+
+    Where adapters are trained, it also holds the whole model, with them added, for `load`.
+    """
+    items = {item: getattr(state, name) for name, item in _item_names(state).items()}
+    if state.base is not None:
+        averaged = {} if state.ema is None else {"ema": merged(state.base, state.ema)}
+        items |= {"params": merged(state.base, state.params)} | averaged
+    return items
+
+
+def _item_names(state):
+    """From the fields of a state that are there to the items of a checkpoint."""
+    names = {"params": "params", "optimizer_state": "optimizer_state", "ema": "ema"}
+    if isinstance(state.params, Adapters):
+        names |= {"params": "adapters", "ema": "adapters_ema"}
+    return {name: item for name, item in names.items() if getattr(state, name) is not None}

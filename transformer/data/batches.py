@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from transformer.checks import whole_number
+from transformer.data.chat import read_messages, taught_tokens
 from transformer.data.documents import Document
 from transformer.data.tokenizer import Tokenizer
 
@@ -45,26 +46,51 @@ class TokenizedCorpus(NamedTuple):
         tokens: int32 [N + 1], each document as the tokens that begin one and its text, and after
             the last document the token that ends one.
         starts: int64 [documents + 1], where each document begins, and N.
+        weights: float32 [N], 1 where the target of a token counts, else 0.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
+    weights: np.ndarray
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenizedCorpus:
+def tokenize(
+    documents: Sequence[Document], tokenizer: Tokenizer, chat: bool = False
+) -> TokenizedCorpus:
     """Encodes documents into one stream.
 
+    Args:
+        documents: the documents.
+        tokenizer: encodes them.
+        chat: whether a document is a conversation, an object of JSON with "messages". What the
+            assistant says counts, and nothing else.
+
     Raises:
-        ValueError: there is no document.
+        ValueError: there is no document, or one of them is not a conversation.
     """
     if not documents:
         raise ValueError("there are no documents to tokenize; give at least one.")
-    texts = tokenizer.encode_batch([document.text for document in documents])
-    start = np.array(tokenizer.document_start, np.int32)
+    if chat:
+        encoded = [_encode_conversation(document, tokenizer) for document in documents]
+        tokens, weights = ([one[n] for one in encoded] for n in range(2))
+    else:
+        texts = tokenizer.encode_batch([document.text for document in documents])
+        start = np.array(tokenizer.document_start, np.int32)
+        tokens = [np.concatenate([start, text]) for text in texts]
+        weights = [np.ones(len(text), np.float32) for text in tokens]
+    starts = np.cumsum([0] + [len(text) for text in tokens])
     end = np.array([tokenizer.end_of_document], np.int32)
-    starts = np.cumsum([0] + [len(start) + len(text) for text in texts])
-    tokens = np.concatenate([part for text in texts for part in (start, text)] + [end])
-    return TokenizedCorpus(tokens, starts)
+    return TokenizedCorpus(np.concatenate([*tokens, end]), starts, np.concatenate(weights))
+
+
+def _encode_conversation(document, tokenizer):
+    """The tokens of a conversation, and the weights of their targets."""
+    try:
+        tokens, own = taught_tokens(tokenizer, read_messages(document.text))
+    except ValueError as error:
+        raise ValueError(f"{document.name}: {error}") from error
+    ends = own[-1] and tokens[-1] not in tokenizer.ends  # nothing in the text says so
+    return np.array(tokens, np.int32), np.array([*own[1:], ends], np.float32)
 
 
 class PackedRows(grain.MapDataset[Batch]):
@@ -100,7 +126,7 @@ class PackedRows(grain.MapDataset[Batch]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        tokens, document_starts = self._corpus
+        tokens, document_starts, weights = self._corpus
         epoch, row = divmod(index, len(self))
         order, starts, offset = self._layout(epoch)
         columns = np.arange(self._length)
@@ -115,7 +141,7 @@ class PackedRows(grain.MapDataset[Batch]):
             targets=np.where(real & ~last, tokens[source + 1], tokens[-1]),
             # A document that began in an earlier row counts from the beginning of this one.
             positions=np.where(real, np.minimum(in_document, columns), 0).astype(np.int32),
-            weights=real.astype(np.float32),
+            weights=np.where(real, weights[source], 0),
         )
 
 
@@ -127,6 +153,7 @@ def train_batches(
     seed: int,
     shard_index: int = 0,
     shard_count: int = 1,
+    chat: bool = False,
 ) -> grain.IterDataset[Batch]:
     """Endless shuffled batches for training.
 
@@ -144,10 +171,12 @@ def train_batches(
         seed: of the order, 0..2**32 - 1.
         shard_index: which part of the data is this process's, 0..shard_count - 1.
         shard_count: number of processes that share the data.
+        chat: as in `tokenize`.
 
     Raises:
         TypeError: a number is not a whole one.
-        ValueError: a number is out of its range, or there is no document.
+        ValueError: a number is out of its range, there is no document, or one of them is not a
+            conversation.
     """
     batch_size = whole_number("batch_size", batch_size, least=1)
     length = whole_number("length", length, least=1)
@@ -161,7 +190,7 @@ def train_batches(
             f"shard_index={shard_index}; with shard_count={shard_count} it must be between 0 and "
             f"{shard_count - 1}."
         )
-    rows = PackedRows(tokenize(documents, tokenizer), length, seed)
+    rows = PackedRows(tokenize(documents, tokenizer, chat), length, seed)
     # Endless in practice. Without a count, Grain's length of batches of one row overflows.
     epochs = sys.maxsize // (2 * len(rows))
     batches = rows.shuffle(seed=seed).repeat(epochs).batch(batch_size)[shard_index::shard_count]
@@ -170,7 +199,11 @@ def train_batches(
 
 
 def validation_batches(
-    documents: Sequence[Document], tokenizer: Tokenizer, batch_size: int, length: int
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    length: int,
+    chat: bool = False,
 ) -> list[Batch]:
     """All targets of the documents, each exactly once, in order; the last batch is padded.
 
@@ -187,7 +220,7 @@ def validation_batches(
     """
     batch_size = whole_number("batch_size", batch_size, least=1)
     length = whole_number("length", length, least=1)
-    rows = PackedRows(tokenize(documents, tokenizer), length)
+    rows = PackedRows(tokenize(documents, tokenizer, chat), length)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     batches = rows.batch(batch_size, batch_fn=pad)
     return [batches[index] for index in range(len(batches))]

@@ -1,6 +1,7 @@
 """Conversations: messages made a text by a model's own template, and that text made token ids."""
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 
@@ -31,6 +32,55 @@ def chat_tokens(
       TemplateError: see `render`.
     """
     return tokenizer.encode(render(tokenizer, messages, reply=reply), special=True)
+
+
+def read_messages(text: str) -> list[Mapping[str, str]]:
+    """Reads the messages of a conversation, an object of JSON that has them as "messages".
+
+    Raises:
+      ValueError: the text is something else.
+    """
+    try:
+        return json.loads(text)["messages"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f'a conversation must be an object of JSON with "messages", and not {text[:60]!r}.'
+        ) from error
+
+
+def taught_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
+) -> tuple[list[int], list[bool]]:
+    """The token ids of a conversation, and which of them the assistant writes.
+
+    A reply is encoded by itself, as it is when the model writes it, and is the assistant's up to
+    the token that ends it. What follows the last reply is left out.
+
+    Raises:
+      TemplateError: see `render`; or the assistant says nothing, or the template writes what was
+        said before otherwise when something follows.
+    """
+    _check(messages)
+    tokens, own, text = [], [], ""
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:n], reply=True)
+        whole = render(tokenizer, messages[: n + 1], reply=False)
+        if not (prompt.startswith(text) and whole.startswith(prompt)):
+            raise TemplateError(
+                f"the chat template writes what stands before message {n} otherwise where it is "
+                "answered; such a conversation can be taught only up to its first reply."
+            )
+        asked = tokenizer.encode(prompt[len(text) :], special=True)
+        reply = tokenizer.encode(whole[len(prompt) :], special=True)
+        end = next((k + 1 for k, id in enumerate(reply) if id in tokenizer.ends), len(reply))
+        tokens += asked + reply
+        own += [False] * len(asked) + [True] * end + [False] * (len(reply) - end)
+        text = whole
+    if not tokens:
+        raise TemplateError("the assistant says nothing in these messages.")
+    return tokens, own
 
 
 def render(
@@ -75,8 +125,8 @@ def render(
 
 
 def _check(messages):
-    if not messages:
-        raise TemplateError("there are no messages; give at least one.")
+    if not isinstance(messages, Sequence) or not messages:
+        raise TemplateError("there are no messages; give a list of at least one.")
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise TemplateError(f"message {n} must have a role and a content: {message!r}")
@@ -88,6 +138,7 @@ def _check(messages):
             raise TemplateError(f"the content of message {n} must be a text.")
 
 
+@functools.lru_cache(maxsize=8)
 def _compile(source):
     try:
         return _environment().from_string(source)

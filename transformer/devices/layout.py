@@ -81,6 +81,7 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
         params=param_shardings(mesh, state.params),
         optimizer_state=jax.tree.map(of_node, state.optimizer_state, is_leaf=is_params),
         ema=None if state.ema is None else of_params(state.ema),
+        base=None if state.base is None else param_shardings(mesh, state.base),
     )
 
 

@@ -47,6 +47,7 @@ def loss(
     """
     if total_weight is None:
         total_weight = jnp.sum(batch.weights)
+    total_weight = jnp.where(total_weight == 0, 1, total_weight)  # no target counts: 0, not nan
     logits = compute_logits(f, params, cache, batch)
     nll, lse = numerics_of(f).cross_entropy(logits, batch.targets)
     mean = lambda x: jnp.sum(x * batch.weights) / total_weight

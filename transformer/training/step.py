@@ -13,6 +13,7 @@ from transformer.data.batches import Batch
 from transformer.program.init import init_params
 from transformer.program.params import Params
 from transformer.program.program import program
+from transformer.training.lora import Adapters, merged
 from transformer.training.loss import loss, row_cache
 
 
@@ -21,14 +22,17 @@ class TrainState:
     """All that a training step changes.
 
     step: int32, how many steps have been taken.
-    params, optimizer_state: the parameters, and what the optimizer remembers of their gradients.
-    ema: exponential moving average of the parameters; None where it is not kept.
+    params, optimizer_state: what is trained, parameters or adapters, and what the optimizer
+      remembers of their gradients.
+    ema: exponential moving average of what is trained; None where it is not kept.
+    base: the parameters that adapters are added to; None where there are no adapters.
     """
 
     step: jax.Array
-    params: Params
+    params: Params | Adapters
     optimizer_state: optax.OptState
-    ema: Params | None = None
+    ema: Params | Adapters | None = None
+    base: Params | None = None
 
 
 def init_state(
@@ -47,9 +51,11 @@ def init_state(
 
 
 def first_state(
-    params: Params, optimizer: optax.GradientTransformation, ema_decay: float | None = None
+    params: Params | Adapters,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None = None,
 ) -> TrainState:
-    """The state before the first step from parameters that are there, as `init_state` makes it."""
+    """The state before the first step of parameters, or adapters, that are there."""
     ema = None if ema_decay is None else jax.tree.map(jnp.copy, params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
@@ -94,12 +100,14 @@ def make_train_step(
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay={ema_decay}; it must be above 0 and below 1, or None.")
     f = program(config, numerics=numerics, attention=attention) if f is None else f
-    gradient_of = jax.value_and_grad(partial(loss, f), has_aux=True)
 
-    def compute_gradient(params, batch):
+    def compute_gradient(params, base, batch):
         cache = row_cache(config, batch)
         total_weight = jnp.sum(batch.weights)
-        part_gradient = lambda part: gradient_of(params, cache, part, z_loss, total_weight)
+        objective = lambda params, part: loss(
+            f, merged(base, params), cache, part, z_loss, total_weight
+        )
+        part_gradient = partial(jax.value_and_grad(objective, has_aux=True), params)
         if accumulate == 1:
             return part_gradient(batch)
 
@@ -117,9 +125,10 @@ def make_train_step(
                 f"ema_decay={ema_decay} with a state that has "
                 f"{'no' if state.ema is None else 'an'} average; init_state takes the same one."
             )
-        (objective, nll), gradient = compute_gradient(state.params, batch)
+        base, state = state.base, state.replace(base=None)
+        (objective, nll), gradient = compute_gradient(state.params, base, batch)
         state, moved = follow(optimizer, state, objective, gradient, ema_decay)
-        return state, {"loss": nll, **moved}
+        return state.replace(base=base), {"loss": nll, **moved}
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

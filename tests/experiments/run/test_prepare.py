@@ -1,5 +1,6 @@
 """Making a run ready: what is read, what is refused, and before anything is written."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.run.prepare import prepare, read_documents, shorten_warmup
-from transformer import load
+from transformer import Model, load, save
+from transformer.data.tokenizer import byte_tokenizer
 from transformer.storage.checkpoint import CheckpointError
 
 FIXTURES = Path(__file__).parents[2] / "transformer" / "storage" / "formats" / "fixtures"
@@ -144,3 +146,47 @@ def test_a_single_document_is_cut_unless_a_length_is_given(experiment, tmp_path,
         == 10
     )
     assert not capsys.readouterr().out
+
+
+def test_adapters_are_trained_on_conversations_and_merged(experiment, model, tmp_path):
+    from experiments.train import train
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    save(Model(model.config, model.params, tokenizer), tmp_path / "model")
+    talks = [
+        {"messages": [{"role": r, "content": 9 * f"{n} "} for r in ("user", "assistant")]}
+        for n in range(9)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    changes = {
+        "data__path": str(tmp_path / "talks.jsonl"),
+        "data__chat": True,
+        "init__path": str(tmp_path / "model"),
+        "lora__rank": 2,
+        "lora__targets": ("query",),
+        "optimizer__learning_rate": 0.1,
+    }
+    workdir = tmp_path / "run"
+    run = prepare(experiment(train__steps=2, **changes), workdir)
+    train(run)
+    after = load(workdir)
+    assert after.tokenizer.chat_template == tokenizer.chat_template
+    with_query = after.params.layers[0].mixer.replace(query=model.params.layers[0].mixer.query)
+    layer = after.params.layers[0].replace(mixer=with_query)
+    assert not np.allclose(with_query.query.weight, after.params.layers[0].mixer.query.weight)
+    jax.tree.map(np.testing.assert_array_equal, after.params.replace(layers=(layer,)), model.params)
+    again = prepare(experiment(train__steps=3, **changes), workdir)
+    assert again.start == 2
+    jax.tree.map(np.testing.assert_array_equal, again.state.base, model.params)
+    assert np.any(again.state.params.adapters["layers.0.mixer.query.weight"].b)
+    with pytest.raises(CheckpointError, match=r"lora.rank was 2 and is 4. Go on with"):
+        prepare(experiment(train__steps=3, **changes | {"lora__rank": 4}), workdir)
+    with pytest.raises(ValueError, match=r"config.lora.targets=.*'queries'; choose from down"):
+        prepare(experiment(**changes | {"lora__targets": ("queries",)}), tmp_path / "other")
+
+
+def test_adapters_and_conversations_need_a_model(experiment):
+    for changes, name in (({"lora__rank": 2}, "lora.rank=2"), ({"data__chat": True}, "data.chat")):
+        with pytest.raises(ValueError, match=f"config.{name}.* give config.init.path"):
+            experiment(**changes)

@@ -239,3 +239,25 @@ def test_documents_begin_and_end_with_the_tokens_of_a_published_tokenizer():
     [batch] = validation_batches(numbered(2, 1), published, batch_size=1, length=5)
     assert batch.tokens.tolist() == [[begin, 1, 2, begin, 3]]
     assert batch.targets.tolist() == [[1, 2, end, 3, end]]
+
+
+def test_of_a_conversation_the_replies_count():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    said = lambda asked, answered: json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answered},
+            ]
+        }
+    )
+    documents = [Document("0", said("ab", "cd")), Document("1", said("e", "f"))]
+    [batch] = validation_batches(documents, tokenizer, batch_size=1, length=8, chat=True)
+    end = tokenizer.end_of_document
+    assert batch.tokens.tolist() == [[*b"abcdef", end, end]]
+    assert batch.targets.tolist() == [[*b"bcd", end, *b"f", end, end, end]]
+    # The template says nowhere that a reply ends, so the end of the document counts.
+    assert batch.weights.tolist() == [[0, 1, 1, 1, 1, 1, 0, 0]]
+    with pytest.raises(ValueError, match=r"text\.jsonl: a conversation must be"):
+        validation_batches([Document("text.jsonl", "ab")], tokenizer, 1, 8, chat=True)

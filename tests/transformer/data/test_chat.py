@@ -2,7 +2,13 @@
 
 import pytest
 
-from transformer.data.chat import TemplateError, chat_tokens, render
+from transformer.data.chat import (
+    TemplateError,
+    chat_tokens,
+    read_messages,
+    render,
+    taught_tokens,
+)
 from transformer.data.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
 # That of SmolLM2, by way of its publishers.
@@ -86,3 +92,43 @@ def test_templates_that_do_what_they_must_not_are_stopped(template, message):
 def test_messages_are_checked(messages, message):
     with pytest.raises(TemplateError, match=message):
         render(with_template(SMOLLM2), messages)
+
+
+TURNS = "{% for m in messages %}<{{ m.content }}>{{ eos_token }}\n{% endfor %}"
+TALK = [
+    {"role": role, "content": text}
+    for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+]
+
+
+def test_what_the_assistant_says_is_taught():
+    template = TURNS + "{% if add_generation_prompt %}<{% endif %}"
+    tokenizer = with_template(template, eos_token=END_OF_DOCUMENT)
+    for messages in (TALK, [*TALK, {"role": "user", "content": "left out"}]):
+        tokens, own = taught_tokens(tokenizer, messages)
+        assert tokens == chat_tokens(tokenizer, TALK, reply=False)
+        taught = [token for token, is_own in zip(tokens, own, strict=True) if is_own]
+        end = tokenizer.end_of_document
+        assert taught == [*b"b>", end, *b"d>", end]
+
+
+@pytest.mark.parametrize(
+    "template, messages, message",
+    [
+        (TURNS, [], "give a list of at least one"),
+        (TURNS, "ab", "message 0 must have a role"),
+        (TURNS, TALK[:1], "the assistant says nothing"),
+        (TURNS, TALK[1:], "there are no messages"),
+        ("{{ messages | length }}", TALK, "before message 1 otherwise where it is answered"),
+    ],
+)
+def test_conversations_that_teach_nothing(template, messages, message):
+    with pytest.raises(TemplateError, match=message):
+        taught_tokens(with_template(template, eos_token=""), messages)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"text": ""}', "[" * 100_000])
+def test_what_is_no_conversation(text):
+    assert read_messages('{"messages": [1]}') == [1]
+    with pytest.raises(ValueError, match='must be an object of JSON with "messages"'):
+        read_messages(text)
