@@ -5,6 +5,7 @@ import os
 import secrets
 import zlib
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -38,9 +39,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Draws the seed of this run, unless --seed or the process that xdist began gives it."""
+    """Draws the seed of this run, unless --seed or the process that xdist began gives it.
+
+    And makes a place for what is compiled, which all processes of the run share.
+    """
     given = getattr(config, "workerinput", {}).get("seed", config.getoption("--seed"))
     config.seed = secrets.randbits(32) if given is None else given
+    if not hasattr(config, "workerinput"):
+        # What one process compiles the others of this run need not compile again.
+        folder = TemporaryDirectory(prefix="unison-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     config.addinivalue_line("markers", "thorough: a combination that only --thorough runs")
 
 
