@@ -2,10 +2,11 @@
 
     python -m experiments.essay --workdir=runs/demo --out=essay
     python -m experiments.essay --workdir=runs/demo --out=essay --documents=40 --length=256
+    python -m experiments.essay --model=SmolLM2.gguf --out=essay --documents=8 --length=64
 
-It writes essay.md, a report in which every claim is a sentence that a measurement supports or
-refutes; essay.json with the figures; and essay.png. Intervals are of 95 %, over documents that were
-held out of training.
+It takes models of any kinds of layers. It writes essay.md, a report in which every claim is a
+sentence that a measurement supports or refutes; essay.json with the figures; and essay.png.
+Intervals are of 95 %, over documents that were held out of training.
 """
 
 import json
@@ -16,7 +17,8 @@ from absl import flags
 
 from experiments.run import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a trained model.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a trained model.")
+_MODEL = flags.DEFINE_string("model", None, "Instead: any model that `transformer.load` takes.")
 _OUT = flags.DEFINE_string("out", "essay", "Directory for the report.")
 _TEXT = flags.DEFINE_string("text", None, "Glob of documents; default: Python's own library.")
 _FRACTION = flags.DEFINE_float("fraction", 0.05, "The share of them that training held out.")
@@ -28,6 +30,9 @@ _LENGTHS = flags.DEFINE_list("lengths", ["32", "64", "128"], "Numbers of tokens 
 
 def main(argv):
     del argv
+    if (_WORKDIR.value is None) == (_MODEL.value is None):
+        cli.fail("give one of --workdir=DIR and --model=PATH.")
+
     from experiments.suites import essay
     from transformer.data.corpus import read_corpus
     from transformer.data.split import split
@@ -35,9 +40,7 @@ def main(argv):
     from transformer.storage.model import load
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
-        model = load(_WORKDIR.value)
-        if {kind for kind, _ in model.config.layers} != {"attention"}:
-            cli.fail(f"{_WORKDIR.value} has layers that are not of attention.")
+        model = load(_WORKDIR.value or _MODEL.value)
         documents = split(read_corpus(_TEXT.value), _FRACTION.value)[1]
         rows = rows_of(model.tokenizer, documents, _DOCUMENTS.value, _LENGTH.value)
         out = Path(_OUT.value)
@@ -46,10 +49,11 @@ def main(argv):
         learned = essay.feedback_beside_plain(_STEPS.value)
         lengths = [int(length) for length in _LENGTHS.value]
         times = essay.times(model.config, model.params, lengths)
-        claims = judge(measures, learned, times, lengths)
+        counts = essay.operations(model.config, model.params, lengths)
+        claims = judge(measures, learned, times, counts, lengths)
         report = report_of(measures, claims)
         (out / "essay.md").write_text(report)
-        (out / "essay.json").write_text(figures(measures, learned, times, lengths, claims))
+        (out / "essay.json").write_text(figures(measures, learned, times, counts, lengths, claims))
         plot(measures, learned).savefig(out / "essay.png", dpi=120)
     print(report)
 
@@ -58,7 +62,7 @@ def rows_of(tokenizer, documents, count: int, length: int):
     """The first tokens of documents that are long enough: [count, length]."""
     rows = []
     for document in documents:
-        tokens = [tokenizer.end_of_document, *tokenizer.encode(document.text[: 20 * length])]
+        tokens = [*tokenizer.document_start, *tokenizer.encode(document.text[: 20 * length])]
         if len(tokens) >= length:
             rows.append(tokens[:length])
         if len(rows) == count:
@@ -69,7 +73,7 @@ def rows_of(tokenizer, documents, count: int, length: int):
     )
 
 
-def judge(measures, learned, times, lengths) -> list[tuple[str, bool, str]]:
+def judge(measures, learned, times, counts, lengths) -> list[tuple[str, bool, str]]:
     """The claims: (sentence, whether the measurement supports it, the figures behind that)."""
     of = {measure.name: measure for measure in measures}
 
@@ -133,13 +137,15 @@ def judge(measures, learned, times, lengths) -> list[tuple[str, bool, str]]:
     cached, recomputed, parallel = (
         times[name][-1] for name in ("one by one", "without a cache", "parallel")
     )
+    operations = {name: count[-1] / 1e9 for name, count in counts.items()}
     claims.append(
         (
             "A cache saves the work of recomputing, and all tokens at once are faster than one by "
             "one.",
             parallel < cached < recomputed,
-            f"{lengths[-1]} tokens: {parallel:.4f} s at once, {cached:.4f} s one by one, "
-            f"{recomputed:.4f} s without a cache",
+            f"{lengths[-1]} tokens: {parallel:.4f} s and {operations['parallel']:.3g} Gflop at "
+            f"once, {cached:.4f} s and {operations['one by one']:.3g} one by one, "
+            f"{recomputed:.4f} s and {operations['without a cache']:.3g} without a cache",
         )
     )
     return claims
@@ -147,7 +153,8 @@ def judge(measures, learned, times, lengths) -> list[tuple[str, bool, str]]:
 
 def report_of(measures, claims) -> str:
     """The report, Markdown."""
-    command = f"python -m experiments.essay --workdir={_WORKDIR.value} --out={_OUT.value}"
+    which = f"--workdir={_WORKDIR.value}" if _MODEL.value is None else f"--model={_MODEL.value}"
+    command = f"python -m experiments.essay {which} --out={_OUT.value}"
     command += f" --documents={_DOCUMENTS.value} --length={_LENGTH.value} --steps={_STEPS.value}"
     lines = ["# The claims, measured", "", f"    {command}", "", "## Claims", ""]
     for sentence, supported, figures in claims:
@@ -161,7 +168,7 @@ def report_of(measures, claims) -> str:
     return "\n".join([*lines, ""])
 
 
-def figures(measures, learned, times, lengths, claims) -> str:
+def figures(measures, learned, times, counts, lengths, claims) -> str:
     """All figures, JSON."""
     of_measure = lambda x: {
         "name": x.name,
@@ -174,6 +181,7 @@ def figures(measures, learned, times, lengths, claims) -> str:
         "measures": list(map(of_measure, measures)),
         "feedback": [asdict(x) for x in learned],
         "seconds": {"tokens": lengths, **times},
+        "operations": {"tokens": lengths, **counts},
     }
     return json.dumps(found, indent=1)
 

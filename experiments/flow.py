@@ -2,6 +2,7 @@
 
     python -m experiments.flow --workdir=runs/demo --prompt='def read(self' --out=flow
     python -m experiments.flow --workdir=runs/demo --prompt='def read(self' --out=flow --serve=8000
+    python -m experiments.flow --model=SmolLM2.gguf --prompt='The capital of France is' --out=flow
 
 It writes flow.png, flow.svg and flow.html, one page that needs no network. Tokens go across and
 blocks upward, one square a cell. On the page, choose a token to see through which cells its
@@ -16,7 +17,7 @@ from absl import flags
 from experiments.run import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a trained model.")
-_MODEL = flags.DEFINE_string("model", None, "A saved model; the same as --workdir.")
+_MODEL = flags.DEFINE_string("model", None, "Instead: any model that `transformer.load` takes.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The text that is looked into.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Directory for the files.", required=True)
 _SERVE = flags.DEFINE_integer("serve", None, "Port of 127.0.0.1 to serve the page on.")
@@ -37,7 +38,7 @@ def main(argv):
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
         model = load(_WORKDIR.value or _MODEL.value)
-        tokens = [model.tokenizer.end_of_document, *model.tokenizer.encode(_PROMPT.value)]
+        tokens = [*model.tokenizer.document_start, *model.tokenizer.encode(_PROMPT.value)]
         most = min(MOST, model.config.max_length)
         if len(tokens) > most:
             cli.fail(f"--prompt has {len(tokens)} tokens; at most {most} can be shown.")

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from transformer.insight import intervene, lens, replace, trace
+from transformer.insight import contributions, intervene, lens, scale, trace
+from transformer.insight.residual import places
+from transformer.memory.latent import Latent
+from transformer.memory.softmax import Softmax
 from transformer.modes.depth import depth
 from transformer.modes.schedule import recompute, run
 from transformer.numerics.log_softmax import cross_entropy
@@ -51,43 +54,42 @@ def measures(config, params, documents: Sequence) -> list[Measure]:
     """All measures of one model.
 
     Args:
-      config, params: the model, whose layers are all of attention.
+      config, params: the model.
       documents: [D, T] int, at least 4 of them; the probes are trained on the first half.
     """
     documents = jnp.asarray(np.asarray(documents), jnp.int32)
     f, cache = program(config), init_cache(config, documents.shape[1])
-    blocks = range(config.num_layers)
-    silent = lambda where: [replace(block, None, 0.0, of="read") for block in where]
-    losses = lambda edits: _losses(intervene(f, edits), params, cache, documents)
-    plain = losses([])
-    rise = lambda where: np.stack([losses(silent(where(block))) - plain for block in blocks])
     seen = [_looked(f, params, cache, tokens) for tokens in documents]
     by_block = lambda name: np.stack([one[name] for one in seen], 1)
+    count = len(seen[0]["own"])
+    losses = lambda read: np.asarray(_losses(f, params, cache, documents, np.float32(read)))
+    cells = [one["cells"] for one in seen]
+    plain, at = losses(np.ones(count)), np.arange(count)
+    rise = lambda reads: np.stack([losses(reads(block)) - plain for block in at])
     return [
-        Measure("loss without the reads of this block", "nats more", rise(lambda b: [b])),
+        Measure("loss without the reads of this block", "nats more", rise(lambda b: at != b)),
         Measure(
             "loss with reads of the blocks up to this one only",
             "nats more",
-            rise(lambda b: blocks[b + 1 :]),
+            rise(lambda b: at <= b),
         ),
-        Measure("loss with reads from this block on only", "nats more", rise(lambda b: blocks[:b])),
+        Measure("loss with reads from this block on only", "nats more", rise(lambda b: at >= b)),
         Measure("how far back it is read", "tokens", by_block("distance")),
         Measure("weight on the token's own cell", "share", by_block("own")),
         Measure("the lens after it agrees with the model", "share", by_block("agrees")),
-        *_probes(np.stack([one["cells"] for one in seen], 1), np.asarray(documents)),
+        *_probes([np.stack(x) for x in zip(*cells, strict=True)], np.asarray(documents)),
     ]
 
 
 @partial(jax.jit, static_argnums=0)
-def _losses_of(g, params, cache, documents):
+def _losses(f, params, cache, documents, read):
+    """The loss of each document where the reads of block b are multiplied by read[b]."""
+    g = intervene(f, [scale(block, None, read[block], of="read") for block in range(len(read))])
+
     def loss(tokens):
         return cross_entropy(run(g, params, cache, tokens)[1][:-1], tokens[1:])[0].mean()
 
     return jax.lax.map(loss, documents)
-
-
-def _losses(g, params, cache, documents):
-    return np.asarray(_losses_of(g, params, cache, documents))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -95,17 +97,36 @@ def _looked(f, params, cache, tokens):
     """What one document shows of each block."""
     seen = trace(f, params, cache, tokens)
     at = seen.positions
-    weights = jnp.stack([seen.weights(b).mean(0) for b in range(len(seen.cells))])
-    distance = (weights * (at[:, None] - at)).sum(-1).mean(1)
-    own = jnp.diagonal(weights, axis1=1, axis2=2).mean(1)
+    shares = jnp.stack([_shares(seen, block) for block in range(len(seen.cells))])
+    distance = (shares * (at[:, None] - at)).sum(-1).mean(1)
+    own = jnp.diagonal(shares, axis1=1, axis2=2).mean(1)
     agrees = (lens(f, params, seen).argmax(-1) == seen.logits.argmax(-1)).mean(1)
+    layers = [
+        layer
+        for layer, place in enumerate(places(f, params, seen))
+        for reading in place.readings
+        if not reading.again
+    ]
     flat = lambda x: x.reshape(len(at), -1)
     cells = [jnp.concatenate(list(map(flat, jax.tree.leaves(cell))), 1) for cell in seen.cells]
-    return {"distance": distance, "own": own, "agrees": agrees, "cells": jnp.stack(cells)}
+    return {"distance": distance, "own": own, "agrees": agrees[jnp.array(layers)], "cells": cells}
+
+
+def _shares(seen, block):
+    """How much of what each token read of a block came from which cell: [T, T], sums of 1.
+
+    In attention the weights, the mean over heads. In other memories, which have none, the size of
+    what came from the cell along what was read.
+    """
+    if isinstance(seen.written[block].memory, Softmax | Latent):
+        return seen.weights(block).mean(0)
+    own = lambda t: jax.tree.map(lambda x: x[t], seen.reads[block])
+    parts = jax.lax.map(lambda t: contributions(seen, block, t, own(t)), seen.positions)
+    return jnp.abs(parts) / jnp.maximum(jnp.abs(parts).sum(-1, keepdims=True), 1e-30)
 
 
 def _probes(cells, documents) -> list[Measure]:
-    """What a linear probe reads from cells [blocks, D, T, C]: share of right answers."""
+    """What a linear probe reads from the cells of each block [D, T, C]: share of right answers."""
     half = len(documents) // 2
     found = []
     for name, shift in (("its own token", 0), ("the token before", -1), ("the token after", 1)):
@@ -183,21 +204,37 @@ def _train(f: Callable, params, cache, chunk, steps, rows):
     return losses, (time.perf_counter() - begun) / max(1, steps - 1)
 
 
+WAYS = {
+    "parallel": lambda f, params, cache, tokens: run(f, params, cache, tokens)[1],
+    "one by one": lambda f, params, cache, tokens: run(f, params, cache, tokens, chunk=1)[1],
+    "without a cache": lambda f, params, cache, tokens: recompute(f, params, cache, tokens)[1],
+}
+
+
 def times(config, params, lengths: Sequence[int]) -> dict[str, list[float]]:
-    """Seconds of each way to run T tokens, for each length: parallel, sequential, recomputed."""
-    f = program(config)
-    ways = {
-        "parallel": lambda cache, tokens: run(f, params, cache, tokens)[1],
-        "one by one": lambda cache, tokens: run(f, params, cache, tokens, chunk=1)[1],
-        "without a cache": lambda cache, tokens: recompute(f, params, cache, tokens)[1],
-    }
+    """Seconds of each of the `WAYS` to run T tokens, for each length."""
     found = {}
-    for name, way in ways.items():
-        compiled, found[name] = jax.jit(way), []
+    for name, way in WAYS.items():
+        compiled, found[name] = jax.jit(partial(way, program(config))), []
         for length in lengths:
-            operands = init_cache(config, length), jnp.arange(length) % config.vocab_size
+            operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
             compiled(*operands).block_until_ready()
             begun = time.perf_counter()
             compiled(*operands).block_until_ready()
             found[name].append(time.perf_counter() - begun)
+    return found
+
+
+def operations(config, params, lengths: Sequence[int]) -> dict[str, list[float]]:
+    """Floating-point operations of each of the `WAYS`, as XLA counts them, for each length.
+
+    XLA counts the body of a loop once, and the two that go token by token are loops of T.
+    """
+    found = {name: [] for name in WAYS}
+    for length in lengths:
+        operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
+        for name, way in WAYS.items():
+            lowered = jax.jit(partial(way, program(config))).lower(*operands)
+            repeats = 1 if name == "parallel" else length
+            found[name].append(repeats * lowered.cost_analysis()["flops"])
     return found

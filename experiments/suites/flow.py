@@ -11,15 +11,19 @@ import numpy as np
 
 from transformer.insight import cut, intervene
 from transformer.insight.flow import predictions
+from transformer.insight.plot import strong
 from transformer.modes.schedule import run
 
 PAGE = Path(__file__).with_suffix(".html")
+LEAST, MOST = 0.01, 500  # share of the strongest read that a read is shown from, and reads of each
 
 
 def texts(tokenizer, tokens) -> list[str]:
-    """The text of each token by itself; the one that begins a document is named."""
-    end = tokenizer.end_of_document
-    return ["<begin>" if t == end else tokenizer.decode([t]) for t in map(int, tokens)]
+    """The text of each token by itself; one that begins or ends a document is named."""
+    named = dict.fromkeys(tokenizer.ends, "<end>") | dict.fromkeys(
+        tokenizer.document_start, "<begin>"
+    )
+    return [named[t] if t in named else tokenizer.decode([t]) for t in map(int, tokens)]
 
 
 def page(found, tokenizer, served: bool = False) -> str:
@@ -34,10 +38,11 @@ def page(found, tokenizer, served: bool = False) -> str:
         "predicted": found.predicted.tolist(),
         "lens": found.lens.tolist(),
         "cut_predicted": found.cut_predicted.tolist(),
-        **{
-            name: plain(getattr(found, name))
-            for name in ("probability", "cut_probability", "edges")
-        },
+        **{name: plain(getattr(found, name)) for name in ("probability", "cut_probability")},
+        "reads": [
+            [(*at, short(weight)) for *at, weight in strong(edges, LEAST)[:MOST]]
+            for edges in np.asarray(found.edges)
+        ],
     }
     # In a script "</" could end it.
     return PAGE.read_text().replace('"DATA"', json.dumps(data).replace("</", "<\\/"), 1)

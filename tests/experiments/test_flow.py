@@ -69,7 +69,9 @@ def test_the_page_stands_alone_and_holds_its_data(served):
     [data] = re.findall(r'type="application/json">(.*?)</script>', html, re.DOTALL)
     data = json.loads(data)
     assert data["texts"] == ["<begin>", "<", "/", "a", ">"]
-    assert len(data["edges"]) == 5 and len(data["edges"][0]) == 2
+    assert len(data["reads"]) == 5 and all(data["reads"])
+    for t, reads in enumerate(data["reads"]):
+        assert all(block < 2 and cell <= reader <= t for block, reader, cell, _ in reads)
     assert {str(x) for x in data["predicted"]} <= data["names"].keys()
     for word in ("aria-live", "aria-label", "aria-pressed", "focus-visible", "ArrowLeft"):
         assert word in html
@@ -96,7 +98,8 @@ def test_a_browser_shows_it(served, tmp_path):
     buttons = re.findall(r"<button[^>]*>", result.stdout)
     assert len([x for x in buttons if 'class="cell"' in x and "aria-label=" in x]) == 2 * 5
     assert len([x for x in buttons if 'aria-pressed="true"' in x]) == 2  # with its prediction
-    assert "<line" in result.stdout and "After token 4" in result.stdout
+    assert len([x for x in buttons if 'tabindex="0"' in x]) == 1  # arrows lead to the others
+    assert "<path" in result.stdout and "After token 4" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from transformer.memory.cache import Cache
 from transformer.modes.schedule import run
 from transformer.program.params import Params
 
+AT_ONCE = 8  # runs with a cell cut off, since parameters are read once for all
+
 
 @struct.dataclass
 class Flow:
@@ -86,16 +88,22 @@ def _flow(f, params, cache, tokens):
         objective = lambda logits: jax.nn.log_softmax(logits[t])[predicted[t]]
         return edges(f, params, cache, tokens, objective)
 
-    def without(block):
-        one = lambda s: run(intervene(f, [cut(block, None, s)]), params, cache, tokens)[1]
-        return jax.lax.map(lambda s: predictions(one(s)), positions)
+    blocks = len(seen.cells)
 
-    cuts = [without(block) for block in range(len(seen.cells))]
+    def without(cell):
+        # Where the cut is, is a number, so that one compiled program makes all of them; no token
+        # is at the position len(tokens).
+        block, s = cell
+        edits = [cut(b, None, jnp.where(b == block, s, len(tokens))) for b in range(blocks)]
+        return predictions(run(intervene(f, edits), params, cache, tokens)[1])
+
+    every = [x.ravel() for x in jnp.indices((blocks, len(tokens)), dtype=jnp.int32)]
+    cuts = jax.lax.map(without, every, batch_size=AT_ONCE)
     return Flow(
         tokens,
         predicted,
         probability,
         jax.lax.map(of_prediction, positions),
         predictions(lens(f, params, seen))[0],
-        *map(jnp.stack, zip(*cuts, strict=True)),
+        *(x.reshape(blocks, len(tokens), -1) for x in cuts),
     )

@@ -27,17 +27,19 @@ def activation_patching(f: Callable, params, cache: Cache, clean, corrupt, metri
       [blocks, T], the number with each cell patched.
     """
     source = trace(f, params, cache, clean)
-    at = jnp.arange(len(source.tokens), dtype=jnp.int32)
+    blocks, length = len(source.cells), len(source.tokens)
 
-    def of_block(block):
-        def one(s):
-            cell = jax.tree.map(lambda x: x[s][None], source.cells[block])
-            g = intervene(f, [patch(block, s[None], cell)])
-            return metric(run(g, params, cache, corrupt)[1])
+    def one(where):
+        # Which cell it is, is a number, so that one program runs for all; no token is at `length`.
+        block, s = where
+        edits = [
+            patch(b, jnp.where(b == block, s, length)[None], jax.tree.map(lambda x: x[s][None], x))
+            for b, x in enumerate(source.cells)
+        ]
+        return metric(run(intervene(f, edits), params, cache, corrupt)[1])
 
-        return jax.lax.map(one, at)
-
-    return jnp.stack([of_block(block) for block in range(len(source.cells))])
+    every = [x.ravel() for x in jnp.indices((blocks, length), dtype=jnp.int32)]
+    return jax.lax.map(one, every).reshape(blocks, length)
 
 
 def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Callable, block: int):

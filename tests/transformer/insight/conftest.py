@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, Delta, Latent
+from transformer.insight import trace
 from transformer.program.init import init_cache
 from transformer.program.program import program
 
@@ -19,6 +20,12 @@ CONFIGS = {
     "shared": Config(**SIZES | {"num_layers": 3}, num_shared_kv_layers=1),
     "gpt2": Config(**SIZES, norm="layer", biases="all", feed_forward="gelu", positions="learned"),
 }
+
+
+@pytest.fixture(scope="session")
+def look():
+    """`trace`, compiled as a whole: one by one, its operations compile for longer."""
+    return jax.jit(trace, static_argnames=("f", "start"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.insight import attribution, contributions, gradients, intervene, scale, trace
+from transformer.insight import attribution, contributions, gradients, intervene, scale
 from transformer.memory.cache import Cache
 from transformer.memory.cells import Cells, Window
 from transformer.memory.fold import Fold
@@ -13,12 +13,13 @@ from transformer.modes.schedule import run
 
 
 @pytest.mark.parametrize(
-    "kind", ["attention", pytest.param("scanned", marks=pytest.mark.thorough), "hybrid"]
+    "kind",
+    ["hybrid", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("attention", "scanned"))],
 )
 def test_attribution_is_the_slope_of_scaling_a_cell(kind, model):
     f, params, cache, tokens = model(kind)
     objective = lambda logits: logits[-1, 3]
-    found = attribution(f, params, cache, tokens, objective)
+    found = jax.jit(lambda: attribution(f, params, cache, tokens, objective))()
     assert found.shape == ({"hybrid": 3}.get(kind, 2), 10)
 
     def scaled(factor):
@@ -37,16 +38,16 @@ def state(query, state, shared):
 
 
 @pytest.mark.parametrize("memory", [Cells(linear), Window(3, linear), Fold(jnp.add, state)])
-def test_contributions_of_linear_reads_are_all_of_them(memory, rng):
+def test_contributions_of_linear_reads_are_all_of_them(memory, rng, look):
     x = np.float32(rng.standard_normal((8, 5)))
 
     def f(params, cache, token, i):
         turn, z = cache.begin(i).write_read(memory, params[token], jnp.cos(params[token]))
         return turn.end(), z
 
-    seen = trace(f, x, Cache.empty(8, [(memory, (5,))]), np.arange(8))
+    seen = look(f, x, Cache.empty(8, [(memory, (5,))]), np.arange(8))
     toward = np.float32(rng.standard_normal(5))
-    found = contributions(seen, 0, 6, toward)
+    found = jax.jit(lambda: contributions(seen, 0, 6, toward))()
     first = 4 if isinstance(memory, Window) else 0
     expected = np.where(
         (np.arange(8) >= first) & (np.arange(8) <= 6), x @ (np.cos(x[6]) * toward), 0
@@ -56,13 +57,17 @@ def test_contributions_of_linear_reads_are_all_of_them(memory, rng):
 
 
 @pytest.mark.parametrize("kind", ["attention", "latent", "hybrid"])
-def test_contributions_of_what_a_model_read(kind, model):
+def test_contributions_of_what_a_model_read(kind, model, look):
     """Attention is linear in values, and a delta rule in its values too: v times its derivative."""
     f, params, cache, tokens = model(kind)
-    seen = trace(f, params, cache, tokens)
-    for block in range(len(seen.cells)):
-        toward = jax.tree.map(lambda x: jnp.ones_like(x[7]), seen.reads[block])
-        found = contributions(seen, block, 7, toward)
+    seen = look(f, params, cache, tokens)
+
+    @jax.jit
+    def of_every_block():
+        toward = [jax.tree.map(lambda x: jnp.ones_like(x[7]), z) for z in seen.reads]
+        return [contributions(seen, block, 7, x) for block, x in enumerate(toward)]
+
+    for block, found in enumerate(of_every_block()):
         assert found.shape == (10,) and not found[8:].any()
         if seen.written[block].memory.__class__.__name__ != "DeltaRule":
             # float32 sums; a convolution is linear as well.

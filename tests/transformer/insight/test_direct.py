@@ -1,5 +1,6 @@
 """Direct contributions: they sum up to the logit."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from transformer.insight import cut, direct, intervene, trace
         ("hybrid", {}),
     ],
 )
-def test_contributions_sum_up_to_the_logit(kind, changes, model):
+def test_contributions_sum_up_to_the_logit(kind, changes, model, look):
     f, params, cache, tokens = model(kind, **changes)
-    seen = trace(f, params, cache, tokens)
+    seen = look(f, params, cache, tokens)
+    apart = jax.jit(lambda position, token: direct(f, params, seen, position, token))
     for position, token in ((9, 3), (4, 30)):
-        made = direct(f, params, seen, position, token)
+        made = apart(position, token)
         logit = seen.logits[position, token]
         parts = made.embedding + made.mixers.sum() + made.feed_forwards.sum() + made.biases
         scale = float(abs(made.mixers).max() + abs(made.feed_forwards).max() + 1)
@@ -41,21 +43,22 @@ def test_contributions_sum_up_to_the_logit(kind, changes, model):
                 np.testing.assert_allclose(cells.sum(), made.mixers[n], atol=1e-5 * scale)
 
 
-def test_what_a_cell_contributes_is_lost_when_it_is_erased(model):
+def test_what_a_cell_contributes_is_lost_when_it_is_erased(model, look):
     """Erased from the read itself, with the weights and norms as they were."""
     f, params, cache, tokens = model("attention", num_layers=1, norm_placement="pre")
-    seen = trace(f, params, cache, tokens)
-    made = direct(f, params, seen, 9, 3)
+    apart = jax.jit(lambda seen: direct(f, params, seen, 9, 3))
+    made = apart(look(f, params, cache, tokens))
     g = intervene(f, [cut(0, 9, 2, heads=[1])])
-    other = direct(g, params, trace(g, params, cache, tokens), 9, 3)
+    other = jax.jit(lambda: direct(g, params, trace(g, params, cache, tokens), 9, 3))()
     assert made.cells[0][1, 2] != 0 and other.cells[0][1, 2] == 0
     np.testing.assert_array_equal(jnp.isfinite(other.cells[0]), True)
 
 
-def test_a_difference_of_logits(model):
+def test_a_difference_of_logits(model, look):
     f, params, cache, tokens = model("attention")
-    seen = trace(f, params, cache, tokens)
+    seen = look(f, params, cache, tokens)
     direction = jnp.zeros(31).at[jnp.array([3, 5])].set(jnp.array([1.0, -1.0]))
-    first, second, both = (direct(f, params, seen, 9, x) for x in (3, 5, direction))
+    apart = jax.jit(lambda direction: direct(f, params, seen, 9, direction).mixers)
+    first, second, both = map(apart, (3, 5, direction))
     # float32: the difference of two numbers of a few units.
-    np.testing.assert_allclose(first.mixers - second.mixers, both.mixers, atol=1e-4)
+    np.testing.assert_allclose(first - second, both, atol=1e-4)

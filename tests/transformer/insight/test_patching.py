@@ -1,5 +1,6 @@
 """Patching over pairs of prompts."""
 
+import jax
 import numpy as np
 
 from transformer.insight import (
@@ -7,35 +8,40 @@ from transformer.insight import (
     intervene,
     patch,
     path_patching,
-    trace,
 )
 from transformer.modes.schedule import run
 
 
-def test_activation_patching_is_one_patch_after_the_other(model):
+def test_activation_patching_is_one_patch_after_the_other(model, look):
     f, params, cache, tokens = model("attention")
     other = tokens.copy()
     other[3] = (tokens[3] + 1) % 31
     metric = lambda logits: logits[-1, 7]
-    found = activation_patching(f, params, cache, tokens, other, metric)
+    found = jax.jit(lambda: activation_patching(f, params, cache, tokens, other, metric))()
     assert found.shape == (2, 10)
-    plain = metric(run(f, params, cache, other)[1])
+    number = jax.jit(lambda g, tokens: metric(run(g, params, cache, tokens)[1]), static_argnums=0)
+    plain = number(f, other)
     # float32, compiled otherwise. Cells before the token that differs are the same.
     np.testing.assert_allclose(found[:, :3], plain, atol=1e-4)
-    source = trace(f, params, cache, tokens).cells[0]
+    source = look(f, params, cache, tokens).cells[0]
     edits = [patch(0, [3], tuple(x[3:4] for x in source))]
-    expected = metric(run(intervene(f, edits), params, cache, other)[1])
+    expected = number(intervene(f, edits), other)
     np.testing.assert_allclose(found[0, 3], expected, atol=1e-4)
     assert abs(found[0, 3] - plain) > 1e-3
 
 
 def test_paths_of_one_block(model):
     """In the last block only the last token's own reads lead to its logits."""
-    f, params, cache, tokens = model("hybrid")
+    f, params, cache, tokens = model("attention")
     tokens = tokens[:6]
     other = (tokens + 1) % 31
     metric = lambda logits: logits[-1, 7]
-    found = path_patching(f, params, cache, tokens, other, metric, block=2)
-    plain = metric(run(f, params, cache, other)[1])
+
+    @jax.jit
+    def patched():
+        found = path_patching(f, params, cache, tokens, other, metric, block=1)
+        return found, metric(run(f, params, cache, other)[1])
+
+    found, plain = patched()
     np.testing.assert_allclose(found[:-1], plain, atol=1e-4)  # float32, compiled otherwise
     assert np.abs(found[-1] - plain).max() > 1e-3

@@ -1,5 +1,6 @@
 """The residual stream: made from the reads alone, it ends where the program ends."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,9 +20,13 @@ from transformer.insight import hooks, lens, stream, trace
 )
 def test_it_ends_in_the_logits(kind, changes, model):
     f, params, cache, tokens = model(kind, **changes)
-    seen = trace(f, params, cache, tokens)
-    made = stream(f, params, seen)
-    logits = lens(f, params, seen)[-1]
+
+    @jax.jit
+    def looked():
+        seen = trace(f, params, cache, tokens)
+        return seen, stream(f, params, seen), lens(f, params, seen)[-1]
+
+    seen, made, logits = looked()
     np.testing.assert_allclose(logits, seen.logits, atol=1e-4)  # float32, compiled otherwise
     np.testing.assert_array_equal(made.before[1:], made.after[:-1])
     assert made.mixers.shape == made.middle.shape == (f.config.num_layers, 10, 16)
@@ -34,25 +39,26 @@ def test_a_program_of_ones_own_has_none():
         stream(lambda: None, None, None)
 
 
-def test_hooks_have_the_names_of_transformer_lens(model):
+def test_hooks_have_the_names_of_transformer_lens(model, look):
     f, params, cache, tokens = model("gpt2")
-    seen = trace(f, params, cache, tokens)
+    seen = look(f, params, cache, tokens)
     found = hooks(f, params, seen)
     assert found["blocks.1.hook_resid_post"].here == "stream.after[1]"
-    for name, shape in {
+    shapes = {
         "hook_embed": (10, 16),
         "blocks.0.attn.hook_q": (10, 4, 4),
         "blocks.1.attn.hook_k": (10, 4, 4),
         "blocks.1.attn.hook_pattern": (4, 10, 10),
         "blocks.0.hook_resid_mid": (10, 16),
-    }.items():
-        hook = found[name]
-        assert hook.value().shape == shape
+    }
+
+    @jax.jit
+    def both():
         names = {"seen": seen, "stream": stream(f, params, seen)}
-        np.testing.assert_array_equal(eval(hook.here, names), hook.value())
-    assert "blocks.0.attn.hook_rot_q" in hooks(*_of(model("attention")))
+        return {name: (found[name].value(), eval(found[name].here, names)) for name in shapes}
 
-
-def _of(given):
-    f, params, cache, tokens = given
-    return f, params, trace(f, params, cache, tokens)
+    for name, (value, here) in both().items():
+        assert value.shape == shapes[name]
+        np.testing.assert_allclose(here, value, atol=1e-5)  # float32, compiled otherwise
+    f, params, cache, tokens = model("attention")
+    assert "blocks.0.attn.hook_rot_q" in hooks(f, params, look(f, params, cache, tokens))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.insight import cut, intervene, patch, trace
+from transformer.insight import cut, intervene, patch
 from transformer.modes.schedule import run
 from transformer.program.init import init_cache
 from transformer.program.program import program
@@ -14,10 +14,10 @@ T = 10
 
 
 @pytest.mark.parametrize("kind", ["attention", "scanned", "window", "latent", "hybrid", "shared"])
-def test_a_trace_is_a_run(kind, model):
+def test_a_trace_is_a_run(kind, model, look):
     f, params, cache, tokens = model(kind)
-    seen = jax.jit(lambda: trace(f, params, cache, tokens))()
-    after, logits = run(f, params, cache, tokens)
+    seen = look(f, params, cache, tokens)
+    after, logits = jax.jit(run, static_argnums=0)(f, params, cache, tokens)
     np.testing.assert_allclose(seen.logits, logits, atol=1e-4)  # float32, compiled otherwise
     assert jax.tree.map(jnp.shape, seen.cache) == jax.tree.map(jnp.shape, after)
     for x in jax.tree.leaves((seen.cells, seen.queries, seen.reads)):
@@ -27,9 +27,9 @@ def test_a_trace_is_a_run(kind, model):
 
 
 @pytest.mark.parametrize("kind", ["attention", "scanned", "window", "latent"])
-def test_weights_make_what_was_read(kind, model):
+def test_weights_make_what_was_read(kind, model, look):
     f, params, cache, tokens = model(kind)
-    seen = trace(f, params, cache, tokens)
+    seen = look(f, params, cache, tokens)
     for block, reading in enumerate(seen.written):
         weights = seen.weights(block)
         assert weights.shape == (4, T, T) and not np.triu(weights, 1).any()
@@ -44,14 +44,14 @@ def test_weights_make_what_was_read(kind, model):
         np.testing.assert_array_equal(seen.weights(block, [3, 5]), weights[:, [3, 5]])
 
 
-def test_scanned_layers_are_numbered_as_if_they_were_not(model):
+def test_scanned_layers_are_numbered_as_if_they_were_not(model, look):
     f, params, cache, tokens = model("scanned")
     config = f.config.replace(scan_layers=False)
     apart = [jax.tree.map(lambda x, n=n: x[n], params.layers[0]) for n in range(2)]
-    expected = trace(
+    expected = look(
         program(config), params.replace(layers=tuple(apart)), init_cache(config, 16), tokens
     )
-    seen = trace(f, params, cache, tokens)
+    seen = look(f, params, cache, tokens)
     for x, y in zip(seen.written, expected.written, strict=True):
         assert x.block == y.block
         for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
@@ -59,35 +59,35 @@ def test_scanned_layers_are_numbered_as_if_they_were_not(model):
 
 
 @pytest.mark.parametrize("kind", ["attention", "window"])
-def test_a_trace_goes_on_from_a_cache(kind, model):
+def test_a_trace_goes_on_from_a_cache(kind, model, look):
     f, params, cache, tokens = model(kind)
-    whole = trace(f, params, cache, tokens)
-    filled, _ = run(f, params, cache, tokens[:6])
-    rest = trace(f, params, filled, tokens[6:], start=6)
+    whole = look(f, params, cache, tokens)
+    filled = look(f, params, cache, tokens[:6]).cache
+    rest = look(f, params, filled, tokens[6:], start=6)
     np.testing.assert_allclose(rest.weights(1), whole.weights(1)[:, 6:], atol=1e-5)  # float32
 
 
-def test_a_trace_under_edits_shows_them(model):
+def test_a_trace_under_edits_shows_them(model, look):
     f, params, cache, tokens = model("attention")
     g = intervene(f, [cut(1, 6, [2, 3], heads=[1])])
-    weights = trace(g, params, cache, tokens).weights(1)
+    weights = look(g, params, cache, tokens).weights(1)
     assert not weights[1, 6, [2, 3]].any()
     assert weights[0, 6, 2] > 0 and weights[1, 5, 2] > 0
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)  # float32
 
 
-def test_a_patch_from_another_prompt(model):
+def test_a_patch_from_another_prompt(model, look):
     """All cells of a block, from another prompt: all that comes later is as of the other one."""
     f, params, cache, tokens = model("attention")
     other = (tokens + 1) % 31
-    source = trace(f, params, cache, other)
+    source = look(f, params, cache, other)
     patched = intervene(f, [patch(b, np.arange(T), source.cells[b]) for b in range(2)])
-    seen = trace(patched, params, cache, tokens)
+    seen = look(patched, params, cache, tokens)
     for x, y in zip(*map(jax.tree.leaves, (seen.cells, source.cells)), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-def test_what_has_no_weights_says_so(model):
+def test_what_has_no_weights_says_so(model, look):
     f, params, cache, tokens = model("hybrid")
     with pytest.raises(ValueError, match=r"block 1 is kept by DeltaRule.*no weights"):
-        trace(f, params, cache, tokens).weights(1)
+        look(f, params, cache, tokens).weights(1)
