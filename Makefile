@@ -29,6 +29,11 @@ test: .venv/tests-installed
 gpu-compile: build/cuda/installed
 	PYTHONPATH=build/cuda JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/kernels/test_whole_programs.py
 
+# The first minutes on a machine with one GPU: checks and figures, as JSON and plots in runs/gpu.
+gpu-check: .venv/gpu-installed
+	$(BIN)/python -m experiments.gpu_check --out=runs/gpu
+	$(BIN)/python -m pytest -n 0 tests/kernels -k "triton and not interpret"
+
 build/cuda/installed: .venv/tests-installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target=build/cuda \
 		jax-cuda13-pjrt==$$($(BIN)/python -c 'import jax; print(jax.__version__)')
@@ -58,6 +63,10 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	if [ "$$(uname)" = Linux ]; then $(BIN)/python -m pip install --quiet --no-deps \
 		jax-cuda13-plugin==$$($(BIN)/python -c 'import jax; print(jax.__version__)'); fi
+	touch $@
+
+.venv/gpu-installed: .venv/tests-installed
+	$(BIN)/python -m pip install --quiet --editable '.[cuda,test]'
 	touch $@
 
 .venv/docs-installed: .venv/installed
