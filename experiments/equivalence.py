@@ -3,7 +3,8 @@
     python -m experiments.equivalence                     a small model with fresh parameters
     python -m experiments.equivalence --preset=gpt2       another shape
     python -m experiments.equivalence --workdir=runs/demo a trained model
-    python -m experiments.equivalence --numerics=exact    every bit is equal, in more ways
+    python -m experiments.equivalence --numerics=exact    every bit is equal, in more ways; one of
+                                                          them needs several devices
     python -m experiments.equivalence --trace             where the first bits part
     python -m experiments.equivalence --ways=sequential,batched   some of the ways
 

@@ -30,6 +30,7 @@ presets: dict[str, Config] = {
         num_kv_heads=2,
         feed_forward_width=160,
     ),
+    "tiny-gpt2": _gpt2(2, 64, 4).replace(vocab_size=257, max_length=256),
     "tiny-mla": Config(
         vocab_size=257,
         max_length=256,

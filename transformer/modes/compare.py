@@ -6,6 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from transformer.modes.schedule import recompute, run
 from transformer.program.init import init_cache
@@ -31,13 +33,19 @@ class Row:
 
 
 # Too slow to differentiate, or a gradient is in them already.
-UNDIFFERENTIATED = ("recompute", "inside the training step", "microbatch of 1")
+UNDIFFERENTIATED = (
+    "recompute",
+    "inside the training step",
+    "microbatch of 1",
+    "split over devices",
+)
 
 
 def ways(config, attention="auto", numerics="fast"):
     """The ways to run tokens [T]: name -> function (params, tokens) -> logits [T, V].
 
-    Exact numerics have more of them, since there the bits of all are compared.
+    Exact numerics have more of them, since there the bits of all are compared; one of these takes
+    several devices.
     """
     f = program(config, numerics=numerics, attention=attention)
 
@@ -60,7 +68,7 @@ def ways(config, attention="auto", numerics="fast"):
         _, rest = run(f, params, cache, tokens[prefix:], start=prefix, chunk=16)
         return jnp.concatenate([first, rest])
 
-    def trained(params, tokens, accumulate=False):
+    def trained(params, tokens, accumulate=False, devices=1):
         """The logits of the first row, where the gradient of the loss of all rows is computed."""
 
         def loss(params, rows):
@@ -69,7 +77,10 @@ def ways(config, attention="auto", numerics="fast"):
             return nll.mean(), logits
 
         step = jax.value_and_grad(loss, has_aux=True)
-        rows = _among_others(tokens)
+        rows = _among_others(tokens, max(3, devices))
+        if devices > 1:
+            mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
+            rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P("data")))
         if accumulate:
             (_, logits), gradient = jax.lax.map(lambda row: step(params, row[None]), rows)
         else:
@@ -94,12 +105,14 @@ def ways(config, attention="auto", numerics="fast"):
             "generated in a batch": partial(batched, chunk=1),
             "reused prefix": reused,
         }
+        if jax.device_count() > 1:
+            every["split over devices"] = partial(trained, devices=jax.device_count())
     return every
 
 
-def _among_others(tokens):
-    """The tokens as the first of three rows."""
-    return jnp.stack([tokens, *(jnp.roll(tokens, n) for n in (1, 2))])
+def _among_others(tokens, count=3):
+    """The tokens as the first of several rows."""
+    return jnp.stack([jnp.roll(tokens, n) for n in range(count)])
 
 
 def compare(config, params, tokens, attention="auto", numerics="fast", names=None) -> list[Row]:

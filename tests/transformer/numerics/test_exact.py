@@ -38,11 +38,13 @@ optimised = pytest.mark.skipif(OPTIMISED not in os.environ, reason="runs in anot
 
 
 @pytest.mark.skipif(OPTIMISED in os.environ, reason="this is the other process")
-def test_in_a_process_that_optimises(seed):
+def test_in_a_process_that_optimises(seed, request):
     command = [sys.executable, "-m", "pytest", "-q", "-n0", f"--seed={seed}", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {OPTIMISED: "1", "XLA_FLAGS": ""}, capture_output=True, text=True
-    )
+    flags = ""
+    if request.config.getoption("thorough"):
+        command, flags = [*command, "--thorough"], "--xla_force_host_platform_device_count=8"
+    env = os.environ | {OPTIMISED: "1", "XLA_FLAGS": flags}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -103,6 +105,21 @@ def test_any_way_to_run(random_params, config, dtype, way, seed):
     tokens, params = tokens_of(config, seed), random_params(config, seed)
     one = jax.jit(ways(config, numerics="exact")[way])
     assert_same(one(params, tokens), outcome(config, params, tokens)[1])
+
+
+@optimised
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("preset", [name for name in presets if name.startswith("tiny")])
+def test_every_way_to_run_the_shapes_that_people_use(random_params, preset, dtype):
+    """GPT-2, Llama, Gemma 2, gpt-oss, latent attention, hybrid; the last way on 8 devices."""
+    config = presets[preset].replace(dtype=dtype)
+    tokens, params = tokens_of(config), random_params(config)
+    every = ways(config, numerics="exact")
+    assert len(every) == 12
+    logits = {name: jax.jit(way)(params, tokens) for name, way in every.items()}
+    for name in logits:
+        np.testing.assert_array_equal(logits[name], logits["parallel"], err_msg=name)
 
 
 @optimised
