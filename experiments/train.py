@@ -20,7 +20,10 @@ from experiments.run.meter import Meter, NotFinite
 from experiments.run.metrics import METRICS_FILE, DamagedRows, read_rows
 from experiments.run.outputs import Outputs
 from experiments.run.prepare import TrainingRun, prepare
-from experiments.run.process import StopSignals
+from experiments.run.profile import Profile
+from experiments.run.signals import StopSignals
+from transformer.devices import hosts
+from transformer.devices.layout import shard_batch
 from transformer.inference.generate import generate
 from transformer.storage.checkpoint import CheckpointError
 from transformer.storage.model import Model
@@ -30,14 +33,36 @@ from transformer.training.lora import merged
 with cli.flag_errors():
     _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/demo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Joins the processes that Slurm, Open MPI, Kubernetes or a TPU started."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for processes started by hand."
+)
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "START:STOP, steps to trace into the work directory, for xprof or TensorBoard."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
 
 def main(argv):
     """Prepares the run that the flags ask for, and does it unless it is finished."""
     del argv
-    workdir = Path(_WORKDIR.value)
     cli.outlive_readers()
     cli.print_notices()
+    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+        with cli.user_errors(ValueError, RuntimeError):
+            hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if not hosts.is_main():
+            cli.silence()
+    with hosts.failing_at_once():
+        _run(Path(_WORKDIR.value))
+
+
+def _run(workdir):
+    with cli.user_errors(ValueError):
+        profile = Profile(_PROFILE.value, workdir / "profile")
     with cli.flag_errors():
         _CONFIG.value.keys()  # where its file could not be read, ml_collections says so only now
     with cli.user_errors(ValueError, OSError, CheckpointError, NotImplementedError):
@@ -45,10 +70,12 @@ def main(argv):
     if run is not None:
         kinds = NotFinite, DamagedRows, OSError, CheckpointError, NotImplementedError
         with cli.user_errors(*kinds, status=1):
-            step = train(run)
+            step = train(run, profile)
         if step < run.experiment.train.steps:
             print(f"stopped after step {step}; the same command goes on from there")
             return
+    if not hosts.is_main():
+        return
     with cli.user_errors(DamagedRows):
         validated = [row for row in read_rows(workdir / METRICS_FILE) if "validation_loss" in row]
     if not validated:
@@ -63,7 +90,7 @@ def main(argv):
     )
 
 
-def train(run: TrainingRun) -> int:
+def train(run: TrainingRun, profile: Profile | None = None) -> int:
     """Does the run, to its end or until SIGTERM or SIGINT; what was there before is kept.
 
     Returns:
@@ -76,28 +103,34 @@ def train(run: TrainingRun) -> int:
       DamagedRows: a file of rows in the work directory is damaged.
     """
     options, every = run.experiment.train, run.experiment.checkpoint.every
+    hosts.wait("before a process writes what another one has yet to read")
     with contextlib.ExitStack() as opened, StopSignals() as stop, jax.set_mesh(run.mesh):
         out = _Outputs(run, opened)
+        profile = opened.enter_context(profile or Profile(None, run.workdir))
         state = run.state
         for step in range(run.start + 1, options.steps + 1):
-            batch = next(run.batches)
-            state, values = run.train_step(state, run.shard(batch))
+            batch = run.shard(next(run.batches))
+            profile.before(step)
+            state, values = run.train_step(state, batch)
+            profile.after(step, values)
             out.meter.push(step, values, batch)
             is_last = step == options.steps
             validates = is_last or step % options.eval_every == 0
             samples = is_last or step % options.sample_every == 0
             saves = is_last or step % every == 0
-            if not (validates or samples or saves or stop.requested):
-                continue
-            with out.meter.pause():
-                averaged = merged(state.base, state.params if state.ema is None else state.ema)
-                loss = out.validate(step, averaged) if validates else None
-                if samples:
-                    out.sample(step, averaged)
-                stops = stop.requested  # from here on a signal waits for the next step
-                if saves or stops:
+            loss = None
+            if validates or samples:
+                with out.meter.pause():
+                    averaged = merged(state.base, state.params if state.ema is None else state.ema)
+                    if validates:
+                        loss = out.validate(step, averaged)
+                    if samples:
+                        out.sample(step, averaged)
+            stops = stop.requested_after(step)  # from here on a signal waits for the next step
+            if saves or stops:
+                with out.meter.pause():
                     out.save(step, state, run.batches.get_state(), loss)
-                out.report()
+            out.report()
             if stops:
                 break
     return step
@@ -111,8 +144,11 @@ class _Outputs(Outputs):
         super().__init__(run.workdir, run.experiment, run.model, run.tokenizer, run.start, opened)
         self._run = run
         self.meter = Meter(run, self.metrics, self.progress)
-        self._eval_step = make_eval_step(
+        eval_step = make_eval_step(
             run.model, run.experiment.train.attention, run.experiment.train.numerics
+        )
+        self._eval_step = lambda params, batch: hosts.gather(
+            eval_step(params, shard_batch(run.mesh, batch))
         )
 
     def validate(self, step: int, params) -> float:

@@ -20,6 +20,24 @@ def _gpt2(num_layers, width, num_heads):
     return _GPT2.replace(num_layers=num_layers, width=width, num_heads=num_heads)
 
 
+def _llama(num_layers, width, num_heads, feed_forward_width):
+    """Llama 3.1 (arXiv:2407.21783)."""
+    return Config(
+        vocab_size=128256,
+        max_length=131072,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        feed_forward_width=feed_forward_width,
+        rotary_base=500_000.0,
+        rotary_scaling=RotaryScaling("llama3", factor=8.0),
+        norm_epsilon=1e-5,
+        tie_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
 presets: dict[str, Config] = {
     "tiny": Config(
         vocab_size=257,
@@ -109,4 +127,6 @@ presets: dict[str, Config] = {
         norm_epsilon=1e-5,
         dtype="bfloat16",
     ),
+    "llama-8b": _llama(32, 4096, 32, 14336),
+    "llama-70b": _llama(80, 8192, 64, 28672),
 }

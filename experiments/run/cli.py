@@ -112,6 +112,11 @@ def _text(error):
     return str(error)
 
 
+def silence() -> None:
+    """Prints nothing to stdout any more, as another process does; errors still go to stderr."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
     """Prints one line to stderr and ends the program."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -12,6 +12,7 @@ from experiments.run.metrics import Metrics
 from experiments.run.prepare import TrainingRun
 from experiments.run.progress import Progress
 from transformer.data.batches import Batch
+from transformer.devices import hosts
 from transformer.training.flops import flops_per_token, peak_flops
 from transformer.training.optimizer import learning_rate
 
@@ -73,8 +74,9 @@ class Meter:
         now = time.perf_counter()
         rate = self._tokens / (now - self._since)
         self._tokens, self._since = 0, now
-        loss, weights = float(values["loss"]), batch.weights
-        size = np.sum(self._byte_lengths[batch.targets] * weights)
+        loss = float(values["loss"])
+        targets, weights = hosts.gather((batch.targets, batch.weights))
+        size = np.sum(self._byte_lengths[targets] * weights)
         row = {
             "step": step,
             "loss": loss,

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from experiments.run.changes import EXPERIMENT_FILE
 from experiments.run.config import Experiment
@@ -11,13 +12,14 @@ from experiments.run.process import exclusive
 from experiments.run.progress import Progress
 from transformer.config import Config
 from transformer.data.tokenizer import Tokenizer
+from transformer.devices import hosts
 from transformer.files import write_json
 from transformer.storage.checkpoint import Checkpoints
 from transformer.storage.model import write_description
 
 
 class Outputs:
-    """The files of a work directory, which only this process writes, and the progress shown.
+    """The files of a work directory, which nobody else writes, and the progress shown.
 
     Attributes:
       metrics, samples: rows of numbers and of texts, by step.
@@ -37,15 +39,17 @@ class Outputs:
         self._experiment, self._said = experiment, []
         kept = experiment.checkpoint
         workdir.mkdir(parents=True, exist_ok=True)
-        opened.enter_context(exclusive(workdir))
+        # One process writes what people read; the others write theirs where it is thrown away.
+        own = workdir if hosts.is_main() else Path(opened.enter_context(TemporaryDirectory()))
+        opened.enter_context(exclusive(own))
         self._checkpoints = opened.enter_context(
             Checkpoints(workdir, keep_last=kept.keep_last, keep_best=kept.keep_best)
         )
-        self.metrics = opened.enter_context(Metrics(workdir, start))
-        self.samples = opened.enter_context(Log(workdir / SAMPLES_FILE, start))
+        self.metrics = opened.enter_context(Metrics(own, start))
+        self.samples = opened.enter_context(Log(own / SAMPLES_FILE, start))
         self.progress = opened.enter_context(Progress(start, experiment.train.steps))
-        write_json(workdir / EXPERIMENT_FILE, experiment.to_dict())
-        write_description(workdir, model, tokenizer)
+        write_json(own / EXPERIMENT_FILE, experiment.to_dict())
+        write_description(own, model, tokenizer)
         self._checkpoints.discard_after(start)
 
     def save(self, step: int, state, data, loss: float | None = None) -> None:

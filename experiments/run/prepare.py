@@ -19,7 +19,14 @@ from transformer.data.corpus import read_corpus
 from transformer.data.documents import Document, counted, cut, default_length
 from transformer.data.split import split
 from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
-from transformer.devices.layout import param_shardings, shard_batch, state_shardings
+from transformer.devices.layout import (
+    param_shardings,
+    process_rows,
+    shard_batch,
+    shard_params,
+    shard_rows,
+    state_shardings,
+)
 from transformer.devices.mesh import make_mesh
 from transformer.files import cache_folder
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
@@ -39,9 +46,9 @@ from transformer.training.step import TrainState, first_state, init_state, make_
 class TrainingRun:
     """All that a training run is made of, ready to start.
 
-    model: the architecture. mesh: the devices. start: how many steps were done before. shard: lays
-    a batch on the mesh. train_step: compiled. state: after `start` steps; `train_step` takes it
-    over.
+    model: the architecture. mesh: the devices. start: how many steps were done before. batches:
+    this process's rows of each batch. shard: lays them on the mesh. train_step: compiled. state:
+    after `start` steps; `train_step` takes it over.
     """
 
     experiment: Experiment
@@ -126,20 +133,21 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         state = jax.jit(init, out_shardings=shardings)(key)
     elif state is None:
         begin = partial(first_state, optimizer=optimizer, ema_decay=options.ema_decay)
-        params = jax.device_put(given.params, shardings.params)
+        params = shard_params(mesh, given.params)
         state = jax.jit(begin, out_shardings=shardings)(params)
     if base is not None:
-        state = state.replace(base=jax.device_put(base, base_shardings))
+        state = state.replace(base=shard_params(mesh, base))
 
     with named_in_full("data", Data):
+        index, count = process_rows(mesh, data.batch_size)
         batches = train_batches(
             training,
             tokenizer,
-            data.batch_size,
+            data.batch_size // count,
             data.length,
             data.seed,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            shard_index=index,
+            shard_count=count,
             chat=data.chat,
         )
         validation = validation_batches(
@@ -148,10 +156,8 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
     batches = iter(batches)
     if data_state is not None:
         batches.set_state(data_state)
-    shard = partial(shard_batch, mesh)
-    validation = [shard(batch) for batch in validation]
     with jax.set_mesh(mesh):
-        train_step = train_step.lower(state, validation[0]).compile()
+        train_step = train_step.lower(state, shard_batch(mesh, validation[0])).compile()
     return TrainingRun(
         experiment=experiment,
         workdir=workdir,
@@ -163,7 +169,7 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         train_step=train_step,
         batches=batches,
         validation=validation,
-        shard=shard,
+        shard=partial(shard_rows, mesh),
     )
 
 

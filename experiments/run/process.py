@@ -1,9 +1,8 @@
-"""A run as a process: the only one in its directory, and stopped by signals in good order."""
+"""A run as a process: the only one in its directory."""
 
 import contextlib
 import ctypes
 import fcntl
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,27 +35,3 @@ def exclusive(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise BlockingIOError(f"another process is training in {workdir}.") from None
         yield
-
-
-class StopSignals:
-    """Takes SIGTERM and SIGINT as a request to stop; a second SIGINT interrupts at once.
-
-    A context manager: the signals mean what they meant before once it is left.
-    """
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._request) for number in numbers}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number, frame):
-        del number, frame
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)

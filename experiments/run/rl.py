@@ -14,9 +14,9 @@ from experiments.run.meter import NotFinite
 from experiments.run.metrics import METRICS_FILE, read_rows
 from experiments.run.outputs import Outputs
 from experiments.run.prepare import restore
-from experiments.run.process import StopSignals
 from experiments.run.rl_config import RlExperiment
 from experiments.run.rollouts import draw, make_rl_step
+from experiments.run.signals import StopSignals
 from transformer.data.tokenizer import byte_tokenizer
 from transformer.devices.layout import state_shardings
 from transformer.devices.mesh import make_mesh
@@ -66,7 +66,7 @@ def train(experiment: RlExperiment, workdir: Path) -> int:
             if not values.pop("finite"):
                 raise NotFinite(f"step {step}: the loss or its gradient is not finite; stopped.")
             drawn_since += rollouts.batch.tokens.size
-            last, stops = step == options.steps, stop.requested
+            last, stops = step == options.steps, stop.requested_after(step)
             if last or step % options.log_every == 0:
                 rate = drawn_since / (time.perf_counter() - began)
                 row = {"step": step, "reward": reward, "tokens_per_second": rate}

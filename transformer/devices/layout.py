@@ -62,6 +62,11 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(of_node, params, is_leaf=is_experts)
 
 
+def shard_params(mesh: Mesh, params: Params) -> Params:
+    """Lays parameters, which every process has, on the mesh."""
+    return jax.tree.map(_shard, params, param_shardings(mesh, params))
+
+
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """Where each array of a state lies: a tree like the state, of `NamedSharding`s.
 
@@ -91,12 +96,48 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Lays a batch [B, T] on the mesh.
+    """Lays a batch [B, T], which every process has, on the mesh.
 
     Raises:
       ValueError: B or T cannot be split as the mesh asks.
     """
-    B, T = np.shape(batch.tokens)
+    check_batch(mesh, *np.shape(batch.tokens))
+    at = batch_sharding(mesh)
+    return jax.tree.map(lambda x: _shard(x, at), batch)
+
+
+def process_rows(mesh: Mesh, B: int) -> tuple[int, int]:
+    """Which rows of a batch lie on this process's devices: part `index` of `count` equal parts.
+
+    Processes that hold other positions, or other parts of matrices, have the same rows.
+
+    Raises:
+      ValueError: the rows of this process's devices do not follow each other.
+    """
+    check_batch(mesh, B, mesh.shape["context"])
+    indices = batch_sharding(mesh).addressable_devices_indices_map((B, mesh.shape["context"]))
+    parts = {rows.indices(B)[:2] for rows, _ in indices.values()}
+    begin, size = min(parts)[0], sum(stop - start for start, stop in parts)
+    if begin % size or max(parts)[1] != begin + size or B % size:
+        raise ValueError(
+            f"on the mesh {dict(mesh.shape)} this process's devices hold rows that do not follow "
+            "each other; make data x fsdp a multiple of the number of processes."
+        )
+    return begin // size, B // size
+
+
+def shard_rows(mesh: Mesh, rows: Batch) -> Batch:
+    """Lays a batch on the mesh, of which each process has its part of the rows, `process_rows`."""
+    at = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(at, x), rows)
+
+
+def check_batch(mesh: Mesh, B: int, T: int) -> None:
+    """Refuses a batch [B, T] that does not divide over the mesh.
+
+    Raises:
+      ValueError: B or T cannot be split as the mesh asks.
+    """
     rows, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if B % rows:
         raise ValueError(
@@ -108,7 +149,11 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
             f"rows of {T} tokens cannot be split over context={context} devices; use a length that "
             f"is a multiple of {context}, or a smaller context."
         )
-    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def _shard(x, sharding):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 def _divisible(mesh, spec, shape):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from transformer.axes import constrain
 from transformer.inference.adjust import Adjustments, Written
 from transformer.inference.drawn import Drawn, Wanted, draw_token
 from transformer.inference.sampling import Sampling
@@ -96,7 +97,7 @@ def decode(
     n, state, _, drawn = jax.lax.while_loop(
         unfinished, advance, (jnp.int32(0), state, running, drawn)
     )
-    return state, n, drawn
+    return state, n, jax.tree.map(constrain, drawn)  # whole, for every process reads it
 
 
 def capacity_for(num_tokens: int) -> int:

@@ -97,7 +97,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,
+            # Told to stop, several processes have Orbax ask how old the step before is: it must
+            # then have read that.
+            lightweight_initialize=jax.process_count() == 1,
         )
         return ocp.CheckpointManager(self.path, options=options)
 
@@ -154,7 +156,7 @@ class Checkpoints:
                 "metadata": dict(metadata),
                 "validation_loss": validation_loss,
                 "items": {
-                    name: {"layout": arrays.layout(tree), "checksum": arrays.checksum(tree)}
+                    name: {"layout": arrays.layout(tree), "sum": arrays.checksum(tree)}
                     for name, tree in items.items()
                 },
             }
@@ -207,10 +209,9 @@ class Checkpoints:
 
     def discard_after(self, step: int) -> None:
         """Deletes later checkpoints, which a run that goes on from this step will write anew."""
-        for later in self.steps:
-            if later > step:
-                self._manager.delete(later)
-                self._losses.pop(later, None)
+        for later in [later for later in self._manager.all_steps() if later > step]:
+            self._manager.delete(later)
+            self._losses.pop(later, None)
 
     def _read(self, step, wanted):
         folder, record = self.path / str(step), self._record(step)
@@ -220,10 +221,14 @@ class Checkpoints:
             if name not in saved or saved[name]["layout"] != arrays.layout(tree):
                 differs = "holds other arrays" if name in saved else "is missing"
                 raise LayoutError(f"{folder} is whole, but its {name} {differs}.", name, metadata)
+            if "sum" not in saved[name]:
+                raise CheckpointError(
+                    f"{folder} was written by an earlier version of Unison, which can read it."
+                )
         items = {}
         for name, tree in targets.items():
             try:
-                items[name] = arrays.read(folder / name, tree, saved[name]["checksum"])
+                items[name] = arrays.read(folder / name, tree, saved[name]["sum"])
             except Damaged as error:
                 raise Damaged(f"{name}: {error}") from error
         return Restored(step, items, metadata)

@@ -145,7 +145,7 @@ def _load_own(path, sharding):
     config = read_config(path)
     tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = sharding or (lambda _: here)
     target = jax.tree.unflatten(
         jax.tree.structure(params),

@@ -18,10 +18,11 @@ from transformer.devices.layout import param_shardings, shard_batch
 
 # The number of devices is fixed when JAX starts, so eight of them take a process of their own.
 PROGRAM = """
-    import json, math, re
+    import json
     import jax, jax.numpy as jnp, numpy as np
     from transformer.config import Config, Delta, Latent
     from transformer.data.batches import Batch
+    from transformer.devices.collectives import collectives
     from transformer.devices.layout import shard_batch, state_shardings
     from transformer.devices.mesh import make_mesh
     from transformer.training.optimizer import OptimizerConfig, make_optimizer
@@ -84,19 +85,14 @@ PROGRAM = """
             float(np.abs(x - np.asarray(y)).max()) for x, y in zip(
                 jax.tree.leaves(one[0].params), jax.tree.leaves(state.params), strict=True)
         )
-        moved = {}
-        for types, kind in re.findall(r"= (.*) ([a-z-]+?)(?:-start)?\\(", step.as_text()):
-            shapes = re.findall(r"\\[([\\d,]+)\\]", types)
-            arrays = [math.prod(map(int, shape.split(","))) for shape in shapes]
-            moved[kind] = max([moved.get(kind, 0), *arrays])
-        kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+        moved = {kind: moved.largest for kind, moved in collectives(step.as_text()).items()}
         layer = sum(x.size for x in jax.tree.leaves(state.params.layers)) // config.num_layers
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         return {
             "metrics": [one[1], metrics],
             "difference": difference,
             "shares": [share(state.params), share(state.optimizer_state), share(state.ema)],
-            "moved": {kind: size for kind, size in moved.items() if kind in kinds},
+            "moved": moved,
             "layer": layer,
             "activation": batches[0].tokens.size // rows // options["accumulate"] * config.width,
         }

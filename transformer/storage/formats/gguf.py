@@ -89,7 +89,7 @@ def read(
         family, config = _config(metadata, tensors, str(path))
         config = config.replace(dtype=dtype or "float32")
         named = _named(family, config, tensors, metadata["general.architecture"])
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = sharding or (lambda _: here)
         params = read_params(family, config, named, np.dtype(config.dtype), placed)
         return config, params, read_tokenizer(metadata)

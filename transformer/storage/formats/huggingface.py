@@ -104,7 +104,7 @@ def read_directory(
     tensors = mxfp4.unpacked(read_tensors(directory))
     dtype = dtype or _stored_dtype(tensors)
     config = config.replace(dtype=dtype)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         params = read_params(family, config, tensors, np.dtype(dtype), sharding or (lambda _: here))
     except ValueError as error:

@@ -1,0 +1,119 @@
+"""Trains once for each combination of some settings, and makes one table of the results.
+
+    python -m experiments.sweep --workdir=runs/sweep \\
+        --over='optimizer.learning_rate=1e-3 3e-3 1e-2' --over='model.width=32 64' \\
+        -- --config=experiments/configs/tiny.py --config.train.steps=100
+
+What follows -- goes to each run of `experiments.train`, which has a folder of its own in the work
+directory. They run one after another, or as many at once as --jobs says; the same command goes on
+where it was. As an array of Slurm (sbatch --array=0-5) each task trains one combination, and the
+same command outside of Slurm then makes the table, which is in results.json too, best first.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from experiments.run import cli
+from experiments.run.metrics import METRICS_FILE, DamagedRows, read_rows
+
+
+def main():
+    """Does the runs that are left to do, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--over", required=True, action="append", help="FIELD=VALUE VALUE ...")
+    parser.add_argument("--jobs", default=1, type=int, help="How many runs at once.")
+    parser.add_argument("train", nargs="*", help="Flags of experiments.train, after --.")
+    given = parser.parse_args()
+    with cli.user_errors(ValueError):
+        points = combinations(given.over)
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is not None:
+        chosen = list(points)[int(task)]
+        sys.exit(train(given.workdir / chosen, points[chosen], given.train))
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = {n: pool.submit(train, given.workdir / n, points[n], given.train) for n in points}
+    failed = [name for name, run in runs.items() if run.result()]
+    with cli.user_errors(DamagedRows):
+        table = results(given.workdir, points)
+    _print(table)
+    if failed:
+        cli.fail(
+            f"{len(failed)} of {len(points)} runs failed, which say why in output.txt of "
+            f"their folders: {', '.join(failed)}",
+            status=1,
+        )
+
+
+def combinations(over: list[str]) -> dict[str, dict[str, str]]:
+    """The settings of each run by the name of its folder.
+
+    Args:
+      over: texts as "optimizer.learning_rate=1e-3 3e-3", a field of the config and its values.
+
+    Raises:
+      ValueError: a text is no such thing.
+    """
+    fields = {}
+    for text in over:
+        name, equals, values = text.partition("=")
+        if not (name.strip() and equals and values.split()):
+            raise ValueError(
+                f"--over={text!r}; give a field and its values, as 'model.width=32 64'."
+            )
+        fields[name.strip()] = values.split()
+    points = [
+        dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
+    ]
+    return {
+        ",".join(f"{name}={value}" for name, value in point.items()).replace("/", "_"): point
+        for point in points
+    }
+
+
+def train(workdir: Path, settings: dict[str, str], flags: list[str]) -> int:
+    """Does one run, or goes on with it; what it prints goes to its output.txt. Its exit status."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    settings = [f"--config.{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *flags, *settings]
+    with open(workdir / "output.txt", "w") as output:
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+
+
+def results(workdir: Path, points: dict[str, dict[str, str]]) -> list[dict]:
+    """The last validation of each run that has one, beside its settings, the best first.
+
+    Raises:
+      DamagedRows: the metrics of a run are damaged.
+    """
+    from transformer.files import write_json
+
+    rows = []
+    for name, point in points.items():
+        validated = [r for r in read_rows(workdir / name / METRICS_FILE) if "validation_loss" in r]
+        if validated:
+            rows.append({**point, **validated[-1]})
+    rows.sort(key=lambda row: row["validation_loss"])
+    write_json(workdir / "results.json", rows)
+    return rows
+
+
+def _print(rows):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()))
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Sweeps: what is trained, and the table of it."""
+
+import json
+import sys
+
+import pytest
+
+from experiments import sweep
+
+
+def test_every_combination_has_a_folder():
+    points = sweep.combinations(["model.width=32 64", "optimizer.name=adamw"])
+    assert points == {
+        "model.width=32,optimizer.name=adamw": {"model.width": "32", "optimizer.name": "adamw"},
+        "model.width=64,optimizer.name=adamw": {"model.width": "64", "optimizer.name": "adamw"},
+    }
+    with pytest.raises(ValueError, match="give a field and its values"):
+        sweep.combinations(["model.width"])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """In the place of training: what was asked for, each with a validation loss of its own."""
+    runs = []
+
+    def train(workdir, settings, flags):
+        workdir.mkdir(parents=True, exist_ok=True)
+        runs.append((settings, flags))
+        loss = float(settings["model.width"]) % 5
+        row = json.dumps({"step": 3, "validation_loss": loss})
+        (workdir / "metrics.jsonl").write_text(row + "\n")
+        return 0 if loss else 1
+
+    monkeypatch.setattr(sweep, "train", train)
+    return runs
+
+
+def test_the_table_is_best_first(trained, monkeypatch, tmp_path, capsys):
+    over = ["--over=model.width=33 31 34", f"--workdir={tmp_path}", "--", "--config=c.py"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *over])
+    sweep.main()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["model.width"] for row in rows] == ["31", "33", "34"]
+    assert [flags for _, flags in trained] == [["--config=c.py"]] * 3
+    assert "1.0000" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_named(trained, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", "--over=model.width=30 31", f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "1 of 2 runs failed" in capsys.readouterr().err
+
+
+def test_a_task_of_an_array_does_its_own(trained, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setattr(sys, "argv", ["sweep", "--over=model.width=31 32", f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert [settings for settings, _ in trained] == [{"model.width": "32"}]

@@ -1,0 +1,22 @@
+"""Processes that run as one; tests/experiments/test_processes.py runs two of them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.devices import hosts
+
+
+def test_one_process_is_all_there_is():
+    assert hosts.is_main()
+    hosts.wait("for nobody")
+    gathered = hosts.gather({"a": jnp.arange(3), "b": np.ones(2)})
+    assert isinstance(gathered["a"], np.ndarray)
+    np.testing.assert_array_equal(gathered["a"], [0, 1, 2])
+    with pytest.raises(KeyError), hosts.failing_at_once():
+        raise KeyError
+
+
+def test_half_of_an_address_is_refused():
+    with pytest.raises(ValueError, match="give all three, or none of them"):
+        hosts.join("127.0.0.1:1234", 2)
