@@ -9,7 +9,6 @@ and their compiler, differ somewhat.
 """
 
 import math
-import os
 from functools import partial
 
 from absl import flags
@@ -25,6 +24,8 @@ _MESH = flags.DEFINE_string("mesh", None, "The mesh; by default the config's. No
 def main(argv):
     """Compiles the step of a config on a mesh, and prints what each device holds and moves."""
     del argv
+    import jax
+
     from experiments.run.config import read_config
     from transformer.devices.mesh import mesh_shape
 
@@ -38,10 +39,8 @@ def main(argv):
                 f"--mesh={sizes!r}; give every size, as there are no devices to count."
             )
         devices = math.prod(mesh_shape(sizes, 2**30).values())
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    )
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
     with cli.user_errors(ValueError, NotImplementedError):
         held, moved = plan(experiment, sizes)
     _print(f"{sizes}: each of {devices} devices holds", [(n, _size(b)) for n, b in held.items()])

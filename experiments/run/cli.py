@@ -68,8 +68,12 @@ def _keep_compiled():
 
     from transformer.files import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = cache_folder() / "compiled"
+    with contextlib.suppress(OSError):  # without a place for it there is none
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # Not only what takes a second: a start compiles many small programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
