@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-# Tests mostly compile, on one core each; those of a file share what is compiled.
-WORKERS ?= 2
+# Tests mostly compile, on one core each; those of a file share what is compiled. One more than two
+# cores have, since some tests wait for other processes.
+WORKERS ?= 3
 
 .PHONY: demo demo-smollm2 test gpu-compile gpu-check lint docs clean
 

@@ -23,7 +23,7 @@ if "UNISON_TESTS_OPTIMISED" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 # Tracing makes many objects that live on; looking for garbage among them took a tenth of the time.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(100_000, 50, 10)
 
 # An example compiles for seconds: no deadline, and a failing one is reported as it was found, since
 # shrinking it would compile hundreds of others.

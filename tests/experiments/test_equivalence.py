@@ -58,6 +58,10 @@ def test_exact_numerics_give_equal_bits():
 def test_the_first_bits_that_part_are_named(saved):
     [fast] = program(f"--workdir={saved}", "--length=20", "--trace").stdout.splitlines()
     assert fast.startswith("bits part first in ") and "at token " in fast
+
+
+@pytest.mark.thorough
+def test_no_bits_part_in_exact_numerics(saved):
     exact = program(
         f"--workdir={saved}", "--length=20", "--trace", "--numerics=exact", XLA_FLAGS=""
     )

@@ -233,7 +233,9 @@ def test_little_room_is_enough(room):
         ),
         ("tiny", {"scan_layers": True, "dtype": "bfloat16"}),
         pytest.param("tiny-mla", {"num_layers": 1}, marks=pytest.mark.thorough),
-        ("tiny-hybrid", {"layer_kinds": ("delta", "attention")}),
+        pytest.param(
+            "tiny-hybrid", {"layer_kinds": ("delta", "attention")}, marks=pytest.mark.thorough
+        ),
     ],
     ids=str,
 )
