@@ -33,6 +33,14 @@ def score(model, tokens, *, numerics: str = "fast") -> np.ndarray:
       ValueError: no tokens, more than `max_length` of them, or ids outside of the vocabulary.
       TypeError: the tokens are not integers.
     """
+    return judge(model, tokens, numerics=numerics)[0]
+
+
+def judge(model, tokens, *, numerics: str = "fast") -> tuple[np.ndarray, np.ndarray]:
+    """What `score` returns, and which tokens are the likeliest ones where they stand: bool [T-1].
+
+    Arguments and errors are those of `score`.
+    """
     tokens = np.asarray(token_ids(tokens, model.config.vocab_size))
     length, max_length = len(tokens), model.config.max_length
     if length > max_length:
@@ -44,7 +52,8 @@ def score(model, tokens, *, numerics: str = "fast") -> np.ndarray:
     filled = np.zeros(padded, np.int32)
     filled[:length] = tokens
     compute = _scorer(model.config, numerics)
-    return np.asarray(compute(model.params, filled, length))[: length - 1]
+    logprobs, likeliest = compute(model.params, filled, length)
+    return np.asarray(logprobs)[: length - 1], np.asarray(likeliest)[: length - 1]
 
 
 @lru_cache(maxsize=16)
@@ -56,6 +65,7 @@ def _scorer(config, numerics):
         positions = jnp.arange(len(tokens), dtype=jnp.int32)
         positions = jnp.where(positions < length, positions, -1)
         logits = parallel(f, params, init_cache(config, len(tokens)), tokens, positions)[1]
-        return -f.numerics.cross_entropy(logits[:-1], tokens[1:])[0]
+        logprobs = -f.numerics.cross_entropy(logits[:-1], tokens[1:])[0]
+        return logprobs, logits[:-1].argmax(-1) == tokens[1:]
 
     return compute
