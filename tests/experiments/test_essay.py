@@ -1,4 +1,4 @@
-"""The essay's claims, measured on a tiny model: every claim is judged, and a report is written."""
+"""The essay's claims, measured on a tiny hybrid: every claim is judged, and a report is written."""
 
 import json
 import subprocess
@@ -10,13 +10,16 @@ import numpy as np
 
 from experiments.suites.essay import Measure, _probe, feedback_beside_plain
 from transformer import Model, init_params, presets, save
+from transformer.config import Delta
 from transformer.data.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_it_measures_and_judges(tmp_path, corpus):
-    config = presets["tiny"].replace(width=16, num_heads=2, num_kv_heads=1)
+    config = presets["tiny"].replace(
+        width=16, num_heads=2, num_kv_heads=1, layer_kinds=("delta", "attention"), delta=Delta()
+    )
     save(
         Model(config, init_params(config, jax.random.key(0)), byte_tokenizer()), tmp_path / "model"
     )
@@ -29,7 +32,7 @@ def test_it_measures_and_judges(tmp_path, corpus):
     assert len(found["claims"]) == 7
     assert all(isinstance(claim["supported"], bool) for claim in found["claims"])
     for measure in found["measures"]:
-        assert len(measure["mean"]) == len(measure["half_interval"]) == 2
+        assert len(measure["mean"]) == len(measure["half_interval"]) == 3
         assert np.isfinite(measure["mean"]).all()
     report = (tmp_path / "out/essay.md").read_text()
     assert report in result.stdout and "python -m experiments.essay" in report

@@ -10,20 +10,22 @@ from transformer.insight.flow import Flow
 def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: float = 0.1):
     """Draws through which cells one prediction came, as a Matplotlib figure.
 
+    A notebook shows it where it is the last value of a cell.
+
     Args:
       flow: what `flow` gave.
       texts: [T], the text of each token.
       position: the token whose prediction is explained, as an index into T.
       threshold: reads weaker than this share of the strongest are left out.
     """
-    from matplotlib.figure import Figure
+    from transformer.insight.picture import Picture  # here, since Matplotlib takes long to import
 
     edges = np.asarray(flow.edges)[position]
     blocks, length, _ = edges.shape
-    figure = Figure(figsize=(max(4, 0.55 * length), 1.2 + 0.7 * blocks), layout="constrained")
+    figure = Picture(figsize=(max(4, 0.55 * length), 1.2 + 0.7 * blocks), layout="constrained")
     axes = figure.subplots()
     for block, reader, cell, weight in strong(edges, threshold):
-        color = "tab:blue" if weight > 0 else "tab:red"
+        color = "tab:blue" if weight > 0 else "tab:orange"
         share = abs(weight) / np.abs(edges).max()
         ends = [cell, reader], [block, block + 0.72]
         axes.plot(*ends, color=color, linewidth=4 * share, alpha=0.75, zorder=1)
@@ -36,7 +38,8 @@ def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: f
     axes.set_xticks(range(length), [repr(text)[1:-1] for text in texts], rotation=60, ha="right")
     axes.set_yticks(range(blocks), [f"block {n}" for n in range(blocks)])
     axes.set_ylim(-0.5, blocks)
-    axes.set_title(f"cells behind the prediction after token {position % length}", fontsize=10)
+    behind = f"reads behind the prediction after token {position % length}"
+    axes.set_title(f"{behind}: blue for it, orange against", fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

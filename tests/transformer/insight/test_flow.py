@@ -29,4 +29,5 @@ def test_the_flow_of_a_prompt(kind, model):
     np.testing.assert_allclose(found.cut_probability[1, 2], probability, atol=1e-4)
     figure = plot_flow(found, list("abcde"), threshold=0.3)
     [axes] = figure.axes
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     assert len(axes.lines) == len(strong(found.edges[-1], 0.3)) > 0
