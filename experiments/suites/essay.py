@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.stats import t
 
 from transformer.insight import contributions, intervene, lens, scale, trace
 from transformer.insight.residual import places
@@ -46,8 +47,13 @@ class Measure:
     @property
     def interval(self) -> np.ndarray:
         """[blocks], half the width of the 95 % interval of the mean, over documents."""
-        documents = self.values.shape[1]
-        return 1.96 * self.values.std(1, ddof=1) / np.sqrt(documents)
+        return half_interval(self.values)
+
+
+def half_interval(values: np.ndarray):
+    """Half the width of Student's 95 % interval of the mean of values [..., D] -> [...]."""
+    count = values.shape[-1]
+    return t.ppf(0.975, count - 1) * values.std(-1, ddof=1) / np.sqrt(count)
 
 
 def measures(config, params, documents: Sequence) -> list[Measure]:
@@ -204,37 +210,48 @@ def _train(f: Callable, params, cache, chunk, steps, rows):
     return losses, (time.perf_counter() - begun) / max(1, steps - 1)
 
 
-WAYS = {
-    "parallel": lambda f, params, cache, tokens: run(f, params, cache, tokens)[1],
-    "one by one": lambda f, params, cache, tokens: run(f, params, cache, tokens, chunk=1)[1],
-    "without a cache": lambda f, params, cache, tokens: recompute(f, params, cache, tokens)[1],
-}
+@dataclass(frozen=True)
+class Way:
+    """One way to run T tokens.
+
+    name: of the way. lengths: numbers of tokens. seconds, operations: of each length; operations
+    are floating-point ones, as XLA counts them.
+    """
+
+    name: str
+    lengths: list[int]
+    seconds: list[float]
+    operations: list[float]
 
 
-def times(config, params, lengths: Sequence[int]) -> dict[str, list[float]]:
-    """Seconds of each of the `WAYS` to run T tokens, for each length."""
-    found = {}
-    for name, way in WAYS.items():
-        compiled, found[name] = jax.jit(partial(way, program(config))), []
+def ways(config, params, lengths: Sequence[int]) -> list[Way]:
+    """Times and counts running T tokens in parallel, one by one, and without a cache.
+
+    XLA counts the body of a loop once; the two that go token by token are loops of T. A model whose
+    layers are scanned is counted with one repeat.
+    """
+    f, found = program(config), []
+    for name, way, in_loop in (
+        ("parallel", lambda *given: run(f, *given)[1], False),
+        ("one by one", lambda *given: run(f, *given, chunk=1)[1], True),
+        ("without a cache", lambda *given: recompute(f, *given)[1], True),
+    ):
+        seconds, operations = [], []
         for length in lengths:
             operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
-            compiled(*operands).block_until_ready()
-            begun = time.perf_counter()
-            compiled(*operands).block_until_ready()
-            found[name].append(time.perf_counter() - begun)
+            lowered = jax.jit(way).lower(*operands)
+            count = lowered.cost_analysis()["flops"]
+            operations.append(count * (length if in_loop else 1))
+            seconds.append(_seconds(lowered.compile(), operands))
+        found.append(Way(name, list(lengths), seconds, operations))
     return found
 
 
-def operations(config, params, lengths: Sequence[int]) -> dict[str, list[float]]:
-    """Floating-point operations of each of the `WAYS`, as XLA counts them, for each length.
-
-    XLA counts the body of a loop once, and the two that go token by token are loops of T.
-    """
-    found = {name: [] for name in WAYS}
-    for length in lengths:
-        operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
-        for name, way in WAYS.items():
-            lowered = jax.jit(partial(way, program(config))).lower(*operands)
-            repeats = 1 if name == "parallel" else length
-            found[name].append(repeats * lowered.cost_analysis()["flops"])
-    return found
+def _seconds(compiled, operands, repeats: int = 3) -> float:
+    """The shortest of some runs, after one that is not counted."""
+    taken = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        compiled(*operands).block_until_ready()
+        taken.append(time.perf_counter() - begun)
+    return min(taken[1:])

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.suites.claims import REFUTED, SUPPORTED, UNDECIDED
 from experiments.suites.essay import Measure, _probe, feedback_beside_plain
 from transformer import Model, init_params, presets, save
 from transformer.config import Delta
@@ -30,7 +31,9 @@ def test_it_measures_and_judges(tmp_path, corpus):
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out/essay.json").read_text())
     assert len(found["claims"]) == 7
-    assert all(isinstance(claim["supported"], bool) for claim in found["claims"])
+    assert {x["verdict"] for x in found["claims"]} <= {SUPPORTED, REFUTED, UNDECIDED}
+    counts = {way["name"]: way["operations"][0] for way in found["ways"]}
+    assert counts["parallel"] <= 1.5 * counts["one by one"] < counts["without a cache"]
     for measure in found["measures"]:
         assert len(measure["mean"]) == len(measure["half_interval"]) == 3
         assert np.isfinite(measure["mean"]).all()
