@@ -15,6 +15,7 @@ _MODEL = flags.DEFINE_string("model", None, "What `transformer.load` takes.", re
 _PROMPT = flags.DEFINE_string("prompt", None, "One message, to which there is one reply.")
 _SYSTEM = flags.DEFINE_string("system", None, "What the model is told at the start.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: as in the file.")
+_WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "Keep matrices in int8.")
 # The fields of `transformer.inference.options.Options` that make sense here.
 _OPTIONS = (
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of a reply, at most."),
@@ -36,7 +37,7 @@ def main(argv):
     from transformer.storage.model import load
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
-        model = load(_MODEL.value, dtype=_DTYPE.value)
+        model = load(_MODEL.value, dtype=_DTYPE.value, weights=_WEIGHTS.value)
         options = {flag.name: flag.value for flag in _OPTIONS}
         conversation = Conversation(model, system=_SYSTEM.value, **options)
     if _PROMPT.value is not None:

@@ -18,6 +18,7 @@ from transformer.inference.drawn import Drawn, Wanted, draw_token
 from transformer.inference.sampling import Sampling
 from transformer.memory.cache import Cache
 from transformer.numerics.numerics import numerics_of
+from transformer.numerics.quantised import is_quantised
 from transformer.program.experts import Experts
 from transformer.program.linear import Linear
 from transformer.program.params import Params
@@ -120,7 +121,8 @@ def cast_params(config, params: Params) -> Params:
 
 @partial(jax.jit, static_argnames="config")
 def _cast(config, params: Params) -> Params:
-    cast = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
+    to_dtype = lambda x: x if is_quantised(x) else x.astype(config.compute_dtype)
+    cast = partial(jax.tree.map, to_dtype, is_leaf=is_quantised)
     matrices = (Linear, Experts)
     is_matrix = lambda x: isinstance(x, matrices)
     params = jax.tree.map(lambda x: cast(x) if is_matrix(x) else x, params, is_leaf=is_matrix)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kernels.exact import sums
 from transformer.numerics import log_softmax
 from transformer.numerics.products import exact_dot, exact_ragged_dot
+from transformer.numerics.quantised import is_quantised, quantised_dot
 
 NAMES = ("fast", "exact")
 
@@ -44,6 +45,10 @@ class Numerics:
 
     def dot(self, x, w):
         """x [K] @ w [K, N] -> [N], in the type of x."""
+        if is_quantised(w):
+            if not self.exact:
+                return quantised_dot(x, w)
+            w = w.dense()
         w = self.rounded(w.astype(x.dtype)) if w.dtype != x.dtype else w
         return exact_dot(x, w) if self.exact else x @ w
 

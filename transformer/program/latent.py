@@ -6,6 +6,7 @@ from flax import struct
 
 from transformer.memory.cache import Turn
 from transformer.memory.latent import Latent
+from transformer.numerics.quantised import dense
 from transformer.program.linear import Linear, Norm, linear, norm
 from transformer.program.positions import rotate
 from transformer.program.remat import segment
@@ -34,7 +35,7 @@ class LatentAttention:
 def mix(spec: LayerSpec, params, turn: Turn, x: jax.Array):
     """Where tokens reach each other: x [E] -> (turn, z [N, Hv]); params are those of the layer."""
     cell, query = project(spec, params, x, turn.i)
-    of_heads = lambda p: p.weight.reshape(len(p.weight), spec.config.num_heads, -1)
+    of_heads = lambda p: dense(p.weight).reshape(p.weight.shape[0], spec.config.num_heads, -1)
     shared = of_heads(params.mixer.key), of_heads(params.mixer.value)
     return turn.write_read(memory(spec), cell, query, shared)
 

@@ -11,6 +11,7 @@ from transformer.axes import constrain
 from transformer.config import Config
 from transformer.memory.cache import Cache
 from transformer.numerics.numerics import FAST, Numerics
+from transformer.numerics.quantised import row
 from transformer.program.fit import check_params
 from transformer.program.layers import KINDS, layer
 from transformer.program.linear import linear, norm
@@ -86,8 +87,8 @@ def embed(spec: Program, params: Params, token, i):
 
     An id or position that does not exist gives nan: JAX would take the nearest that does.
     """
-    table = constrain(jnp.asarray(params.embedding), "vocabulary", None)
-    x = table.at[token].get(mode="fill", wrap_negative_indices=False)
+    table = jax.tree.map(lambda x: constrain(jnp.asarray(x), "vocabulary", None), params.embedding)
+    x = row(table, token)
     x = spec.numerics.rounded(x * spec.config.embedding_scale)
     if params.positions is not None:
         x = x + jnp.asarray(params.positions).at[i].get(mode="fill")  # -1 is padding, and takes any

@@ -4,8 +4,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,19 +15,18 @@ from transformer.config import Config
 from transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from transformer.data.tokenizer import Tokenizer
 from transformer.files import write_json
+from transformer.numerics.quantised import is_quantised
 from transformer.program.init import init_params
 from transformer.program.params import Params
 from transformer.storage.arrays import flat
 from transformer.storage.checkpoint import CheckpointError, Checkpoints, LayoutError
 from transformer.storage.formats import gguf, hub, huggingface, tokenizer_files
+from transformer.storage.keeping import Keeping, Sharding
 from transformer.storage.meaning import differences, meaning
 
 CONFIG_FILE = "config.json"
 FORMATS = ("unison", "huggingface")
 DTYPES = ("float32", "bfloat16")
-
-# Where the parameter of a name is placed: on a device, or split over several.
-Sharding = Callable[[str], jax.sharding.Sharding]
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,15 @@ def save(model: Model, path: str | os.PathLike, *, format: str = "unison") -> No
 
     Raises:
       FileExistsError: something is there already.
-      ValueError: there is no such format, or transformers has no such architecture; says what it
-        lacks.
+      ValueError: there is no such format, parameters are kept in int8, or transformers has no such
+        architecture; says what it lacks.
       OSError, transformer.storage.checkpoint.CheckpointError: it cannot be written; the directory
         is as it was before.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} does not exist; choose one of {', '.join(FORMATS)}.")
+    if any(map(is_quantised, jax.tree.leaves(model.params, is_leaf=is_quantised))):
+        raise ValueError("parameters in int8 are not saved; save the model loaded without weights.")
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
@@ -91,7 +91,11 @@ def _write_published(model, path):
 
 
 def load(
-    path: str | os.PathLike, *, dtype: str | None = None, sharding: Sharding | None = None
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    weights: str | None = None,
+    sharding: Sharding | None = None,
 ) -> Model:
     """Reads a model: a published one, one that `save` wrote, or that of a training run.
 
@@ -102,6 +106,9 @@ def load(
         directory of a training run.
       dtype: "float32" or "bfloat16", the type of matrices and of activations; None: as saved, where
         float16 becomes float32.
+      weights: "int8" keeps matrices as int8 numbers with a scale for every 64 of them, for
+        generating and scoring: a quarter of the size of float32. Experts, norms and biases are left
+        as they are. None: as `dtype` says.
       sharding: sharding(name) is where the parameter of a name, as "layers.0.mixer.query.weight",
         is placed; None: on the first device.
 
@@ -122,16 +129,24 @@ def load(
     dtype = None if dtype is None else jnp.dtype(dtype).name
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}, or None.")
+    keeping = Keeping(sharding, weights)
     if hub.is_address(path):
         path = hub.download(os.fspath(path))
     path = Path(path)
     if gguf.is_file(path):
-        return Model(*gguf.read(path, dtype, sharding))
+        return Model(*gguf.read(path, dtype, keeping))
     if huggingface.is_published(path):
-        config, params, values = huggingface.read_directory(path, dtype, sharding)
+        config, params, values = huggingface.read_directory(path, dtype, keeping)
         return Model(config, params, tokenizer_files.read(path, values))
     model = _load_own(path, sharding)
-    return model if dtype is None else _cast(model, dtype)
+    if dtype is not None:
+        model = _cast(model, dtype)
+    if weights is None:
+        return model
+    place = keeping.placing(model.params)
+    kept = [place(name, x) for name, x in flat(model.params).items()]
+    params = jax.tree.unflatten(jax.tree.structure(model.params), kept)
+    return replace(model, params=params)
 
 
 def _cast(model, dtype):

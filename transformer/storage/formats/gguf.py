@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import jax
 import numpy as np
 
 from transformer.config import Config, RotaryScaling
@@ -21,6 +20,7 @@ from transformer.storage.formats.gguf_file import Quantised, read_file
 from transformer.storage.formats.gguf_tokenizer import read_tokenizer
 from transformer.storage.formats.parameters import read_params
 from transformer.storage.formats.tables import entries
+from transformer.storage.keeping import Keeping
 
 SUFFIX = ".gguf"
 
@@ -72,14 +72,16 @@ _IGNORED = {
 
 
 def read(
-    path: Path, dtype: str | None, sharding: Callable[[str], jax.sharding.Sharding] | None
+    path: Path,
+    dtype: str | None,
+    keeping: Keeping = Keeping(),  # noqa: B008, it is immutable
 ) -> tuple[Config, Params, Tokenizer | None]:
     """Reads a model from a file of GGUF.
 
     Args:
       path: the file.
       dtype: "float32" or "bfloat16"; None: float32.
-      sharding: where the parameter of a name is placed; None: on the first device.
+      keeping: how the parameters are kept.
 
     Raises:
       ValueError: the file is damaged, or its architecture or one of its types is not supported.
@@ -89,9 +91,7 @@ def read(
         family, config = _config(metadata, tensors, str(path))
         config = config.replace(dtype=dtype or "float32")
         named = _named(family, config, tensors, metadata["general.architecture"])
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = sharding or (lambda _: here)
-        params = read_params(family, config, named, np.dtype(config.dtype), placed)
+        params = read_params(family, config, named, np.dtype(config.dtype), keeping)
         return config, params, read_tokenizer(metadata)
     except (KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from transformer.storage.formats.architectures import FAMILIES
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.parameters import read_params, written
 from transformer.storage.formats.tables import Unnamed, entries
+from transformer.storage.keeping import Keeping
 from transformer.storage.meaning import differences, function
 
 CONFIG_FILE = "config.json"
@@ -80,7 +80,7 @@ def read_family(values: dict, where: str) -> Family:
 def read_directory(
     directory: Path,
     dtype: str | None = None,
-    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    keeping: Keeping = Keeping(),  # noqa: B008, it is immutable
 ) -> Published:
     """Reads a published model.
 
@@ -88,7 +88,7 @@ def read_directory(
       directory: holds config.json and safetensors.
       dtype: "float32" or "bfloat16", the type of matrices and of activations; None: as in the file,
         where float16 becomes float32.
-      sharding: where the parameter of a name is placed; None: on the first device.
+      keeping: how the parameters are kept.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -104,9 +104,8 @@ def read_directory(
     tensors = mxfp4.unpacked(read_tensors(directory))
     dtype = dtype or _stored_dtype(tensors)
     config = config.replace(dtype=dtype)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        params = read_params(family, config, tensors, np.dtype(dtype), sharding or (lambda _: here))
+        params = read_params(family, config, tensors, np.dtype(dtype), keeping)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     return Published(config, params, values)

@@ -1,7 +1,7 @@
 """Parameters from published tensors and back, one tensor after the other."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import jax
@@ -13,6 +13,7 @@ from transformer.program.params import Params
 from transformer.storage.arrays import flat
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.tables import Entry, abstract_params, entries
+from transformer.storage.keeping import Keeping
 
 NUMBERS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 _SHOWN = 3  # names in a message
@@ -33,7 +34,7 @@ def read_params(
     config: Config,
     tensors: Mapping[str, Tensor],
     dtype: np.dtype,
-    sharding: Callable[[str], jax.sharding.Sharding],
+    keeping: Keeping,
 ) -> Params:
     """Reads parameters, tensor by tensor: no two are in memory in both forms at a time.
 
@@ -42,13 +43,13 @@ def read_params(
       config: the architecture.
       tensors: by their published names.
       dtype: of matrices. Vectors, which are few numbers, are float32.
-      sharding: where the parameter of a name is placed.
+      keeping: how the parameters are kept.
 
     Raises:
       ValueError: tensors are missing, left over, of a wrong shape or of a wrong type; names them.
     """
     abstract = abstract_params(config)
-    shapes, made = flat(abstract), {}
+    shapes, made, place = flat(abstract), {}, keeping.placing(abstract)
     published = {}
     find = _finder(family, tensors)
     table = list(entries(family.table(config), config))
@@ -59,7 +60,7 @@ def read_params(
         for name, x in zip(
             entry.ours, _read(entry, config, tensors, find, dtype, shapes), strict=True
         ):
-            made[name] = jax.device_put(x, sharding(name))
+            made[name] = place(name, x)
     return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in shapes])
 
 

@@ -205,3 +205,15 @@ def test_scanned_layers_are_written_one_by_one(random_params, tmp_path):
 def _rewrite(path, arrays):
     shapes = {name: (x.shape, x.dtype) for name, x in arrays.items()}
     safetensors.write(path, shapes, iter(arrays.values()))
+
+
+def test_matrices_are_kept_in_int8_as_they_are_read(published_named, reference):
+    path = published_named("llama")
+    tokens, logits, _ = reference(path)
+    model, rounded = load(path), load(path, weights="int8")
+    size = lambda model: sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert size(rounded) < 0.6 * size(model)  # a scale for 16 numbers here, and float32 norms
+    cache = init_cache(rounded.config, len(tokens))
+    found = run(program(rounded.config), rounded.params, cache, tokens)[1]
+    # Each of 255 steps is 0.8 % of the largest number of its group.
+    assert np.abs(found - logits).max() < 0.1 * np.abs(logits).max()

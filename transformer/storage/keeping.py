@@ -1,0 +1,63 @@
+"""How parameters are kept once they are read: on which devices, and whether as int8."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from transformer.numerics.quantised import Quantised, quantise
+from transformer.program.experts import Experts
+from transformer.program.linear import Linear
+from transformer.program.params import Params
+
+WEIGHTS = ("int8",)
+
+# Where the parameter of a name is placed: on a device, or split over several.
+Sharding = Callable[[str], jax.sharding.Sharding]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How parameters are kept.
+
+    Attributes:
+      sharding: sharding(name) is where the parameter of a name is placed; None: on the first
+        device.
+      weights: "int8": matrices are `Quantised`, those of experts left out; None: as they are read.
+
+    Raises:
+      ValueError: weights is something else.
+    """
+
+    sharding: Sharding | None = None
+    weights: str | None = None
+
+    def __post_init__(self):
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(
+                f"weights={self.weights!r}; choose one of {', '.join(WEIGHTS)}, or None."
+            )
+
+    def placing(self, params: Params) -> Callable[[str, np.ndarray], jax.Array | Quantised]:
+        """place(name, x) keeps the numbers x of a parameter; `params` may be shapes only."""
+        matrices = {} if self.weights is None else _matrices(params)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = self.sharding or (lambda _: here)
+
+        def place(name, x):
+            if name in matrices:
+                x = quantise(np.asarray(x), is_table=matrices[name])
+            return jax.device_put(x, sharding(name))
+
+        return place
+
+
+def _matrices(params):
+    """The names of the matrices that tokens are multiplied with, and whether each is a table."""
+    parts = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, Linear | Experts)
+    )
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    found = {f"{name(path)}.weight": False for path, part in parts if isinstance(part, Linear)}
+    return found if params.output is not None else found | {"embedding": True}
