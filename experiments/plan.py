@@ -86,6 +86,7 @@ def plan(experiment, sizes: str) -> tuple[dict[str, int], dict]:
         numerics=train.numerics,
         attention=train.attention,
         accumulate=train.accumulate,
+        loss_parts=train.loss_parts,
         z_loss=train.z_loss,
         ema_decay=train.ema_decay,
         state_shardings=shardings,

@@ -144,8 +144,9 @@ class _Outputs(Outputs):
         super().__init__(run.workdir, run.experiment, run.model, run.tokenizer, run.start, opened)
         self._run = run
         self.meter = Meter(run, self.metrics, self.progress)
+        options = run.experiment.train
         eval_step = make_eval_step(
-            run.model, run.experiment.train.attention, run.experiment.train.numerics
+            run.model, options.attention, options.numerics, options.loss_parts
         )
         self._eval_step = lambda params, batch: hosts.gather(
             eval_step(params, shard_batch(run.mesh, batch))

@@ -72,7 +72,7 @@ class Train:
     numerics: "fast" or "exact", also for validation and samples. Exact steps compute the same bits
       as `score` and `generate`.
     attention: the backend of `kernels.attention`, also for validation and samples.
-    accumulate, z_loss, ema_decay: as in `transformer.training.step.make_train_step`.
+    accumulate, loss_parts, z_loss, ema_decay: as in `transformer.training.step.make_train_step`.
     log_every, eval_every, sample_every: steps between rows of metrics, validations and samples;
       the last step has all three.
     sample_length: how many tokens a sample has at most.
@@ -83,6 +83,7 @@ class Train:
     numerics: str = "fast"
     attention: str = "auto"
     accumulate: int = 1
+    loss_parts: int = 1
     z_loss: float = 0.0
     ema_decay: float | None = None
     log_every: int = 10
@@ -92,7 +93,7 @@ class Train:
 
     def __post_init__(self):
         _require_positive(self, "steps", "log_every", "eval_every", "sample_every")
-        _require_positive(self, "sample_length", "accumulate")
+        _require_positive(self, "sample_length", "accumulate", "loss_parts")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}; it must be between 0 and 2**32 - 1.")
         if not 0 <= self.z_loss < math.inf:
@@ -164,6 +165,11 @@ class Experiment:
             raise ValueError(
                 f"config.data.batch_size={self.data.batch_size} must be a multiple of "
                 f"config.train.accumulate={self.train.accumulate}, so that the parts are equal."
+            )
+        if self.data.length % self.train.loss_parts:
+            raise ValueError(
+                f"config.data.length={self.data.length} must be a multiple of "
+                f"config.train.loss_parts={self.train.loss_parts}, so that the parts are equal."
             )
         if self.init.path is None and (self.lora.rank is not None or self.data.chat):
             what = (

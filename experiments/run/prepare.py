@@ -120,6 +120,7 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
             numerics=options.numerics,
             attention=options.attention,
             accumulate=options.accumulate,
+            loss_parts=options.loss_parts,
             z_loss=options.z_loss,
             ema_decay=options.ema_decay,
             state_shardings=shardings.replace(base=base_shardings),

@@ -32,6 +32,11 @@ class Program:
 
     def __call__(self, params: Params, cache: Cache, token, i):
         """Runs the token at position i; see `program`."""
+        cache, x = self.hidden(params, cache, token, i)
+        return cache, unembed(self, params, x)
+
+    def hidden(self, params: Params, cache: Cache, token, i):
+        """The program but for its end: -> (cache, x [E]), of which `unembed` makes the logits."""
         check_params(self.config, params)
         turn = cache.begin(i)
         x = embed(self, params, token, turn.i)
@@ -39,7 +44,7 @@ class Program:
             turn, x = turn.scan(self._layers, x, params.layers)
         else:
             turn, x = self._layers(turn, x, params.layers)
-        return turn.end(), unembed(self, params, x)
+        return turn.end(), x
 
     def _layers(self, turn, x, params):
         for spec, layer_params in zip(self._specs, params, strict=True):

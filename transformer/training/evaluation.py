@@ -10,24 +10,25 @@ from transformer.config import Config
 from transformer.data.batches import Batch
 from transformer.program.params import Params
 from transformer.program.program import program
-from transformer.training.loss import compute_logits, row_cache
+from transformer.training.loss import cross_entropies, row_cache
 
 
 def make_eval_step(
-    config: Config, attention: str = "auto", numerics: str = "fast"
+    config: Config, attention: str = "auto", numerics: str = "fast", loss_parts: int = 1
 ) -> Callable[[Params, Batch], jax.Array]:
     """Makes a compiled `eval_step(params, batch) -> nll [B, T]` in nats, weights not applied.
 
+    `loss_parts` is that of `make_train_step`.
+
     Raises:
-      ValueError: while tracing, T exceeds config.max_length.
+      ValueError: while tracing, T exceeds config.max_length, or is not a multiple of loss_parts.
     """
     f = program(config, numerics=numerics, attention=attention)
 
     @jax.jit
     def eval_step(params, batch):
         cache = row_cache(config, batch)
-        logits = compute_logits(f, params, cache, batch)
-        return f.numerics.cross_entropy(logits, batch.targets)[0]
+        return cross_entropies(f, params, cache, batch, loss_parts)[0]
 
     return eval_step
 

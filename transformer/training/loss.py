@@ -1,6 +1,7 @@
 """The loss: a mean of cross entropies over the logits of the parallel mode."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,64 @@ from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
 from transformer.numerics.numerics import numerics_of
 from transformer.program.init import init_cache
+from transformer.program.program import Program, unembed
 
 
 def compute_logits(f, params, cache, batch):
-    """Logits [B, T, V]: each row in the parallel mode, from the same empty cache."""
+    """Logits [B, T, V], or what else f returns of a token: each row in the parallel mode, from the
+    same empty cache.
+    """
     if batch.positions is None:
         positions = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
         row = lambda tokens: parallel(f, params, cache, tokens, positions)[1]
         return jax.vmap(row, spmd_axis_name=RULES["rows"])(batch.tokens)
     row = lambda tokens, positions: parallel(f, params, cache, tokens, positions, packed=True)[1]
     return jax.vmap(row, spmd_axis_name=RULES["rows"])(batch.tokens, batch.positions)
+
+
+def cross_entropies(f, params, cache, batch, parts: int = 1):
+    """Cross entropy and log-sum-exp of every target, both [B, T] in nats.
+
+    Args:
+      f, params, cache, batch: as in `loss`.
+      parts: how many parts of each row have their logits made one after another, forwards and
+        again backwards, so that only [B, T / parts, V] of them are there at once; it divides T.
+
+    Raises:
+      ValueError: T is not a multiple of parts, or f is not a program of a config, of which alone
+        it is known where the logits begin.
+    """
+    if parts == 1:
+        return numerics_of(f).cross_entropy(compute_logits(f, params, cache, batch), batch.targets)
+    if not isinstance(f, Program):
+        raise ValueError(
+            f"loss_parts={parts} goes with the program of a config, not with {f}; use loss_parts=1."
+        )
+    hidden = compute_logits(f.hidden, params, cache, batch)
+
+    @jax.checkpoint
+    def part(hidden, targets):
+        row = jax.vmap(partial(unembed, f, params))
+        logits = jax.vmap(row, spmd_axis_name=RULES["rows"])(hidden)
+        return f.numerics.cross_entropy(logits, targets)
+
+    split = partial(_split_tokens, parts)
+    results = jax.lax.map(lambda of: part(*of), (split(hidden), split(batch.targets)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch.targets.shape), results)
+
+
+def _split_tokens(parts, x):
+    """[B, T, ...] -> [parts, B, T / parts, ...], each part taking every `parts`-th token.
+
+    So rows whose tokens are split over devices are cut without moving tokens between them.
+    """
+    B, T = x.shape[:2]
+    if T % parts:
+        raise ValueError(
+            f"rows of {T} tokens cannot be cut into loss_parts={parts} equal parts; use a number "
+            "of parts that divides it."
+        )
+    return jnp.moveaxis(x.reshape(B, T // parts, parts, *x.shape[2:]), 2, 0)
 
 
 def loss(
@@ -30,6 +79,7 @@ def loss(
     batch: Batch,
     z_loss: float = 0.0,
     total_weight: jax.Array | None = None,
+    parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """The objective of training, a mean over targets in proportion to their weights.
 
@@ -41,6 +91,7 @@ def loss(
         section 5).
       total_weight: what the sums are divided by; None: the sum of the batch's weights. A part of a
         larger batch takes that of the whole.
+      parts: as in `cross_entropies`.
 
     Returns:
       (mean of nll + z_loss * lse^2, mean of nll), in nats.
@@ -48,8 +99,7 @@ def loss(
     if total_weight is None:
         total_weight = jnp.sum(batch.weights)
     total_weight = jnp.where(total_weight == 0, 1, total_weight)  # no target counts: 0, not nan
-    logits = compute_logits(f, params, cache, batch)
-    nll, lse = numerics_of(f).cross_entropy(logits, batch.targets)
+    nll, lse = cross_entropies(f, params, cache, batch, parts)
     mean = lambda x: jnp.sum(x * batch.weights) / total_weight
     nll_mean = mean(nll)
     return nll_mean + z_loss * mean(jnp.square(lse)) if z_loss else nll_mean, nll_mean

@@ -68,6 +68,7 @@ def make_train_step(
     attention: str = "auto",
     f: Callable | None = None,
     accumulate: int = 1,
+    loss_parts: int = 1,
     z_loss: float = 0.0,
     ema_decay: float | None = None,
     state_shardings: TrainState | None = None,
@@ -85,6 +86,8 @@ def make_train_step(
         and cache, such as `intervene` makes; None: the config's own.
       accumulate: parts that a batch is run in, one after another; it divides B. The gradient is
         that of the whole batch.
+      loss_parts: parts of each row whose logits are made one after another, so that they are never
+        there all at once; it divides T.
       z_loss: as in `loss`.
       ema_decay: of the state's moving average, in (0, 1); None: the state has none.
       state_shardings: where the new state lies on a mesh of several devices, as
@@ -92,9 +95,12 @@ def make_train_step(
         `jax.set_mesh(mesh)`.
 
     Raises:
-      ValueError: accumulate or ema_decay out of range; while tracing, B is no multiple of
-        accumulate, T exceeds config.max_length, or the state's average does not go with ema_decay.
+      ValueError: accumulate, loss_parts or ema_decay out of range; while tracing, B is no multiple
+        of accumulate or T of loss_parts, T exceeds config.max_length, or the state's average does
+        not go with ema_decay.
     """
+    if loss_parts < 1:
+        raise ValueError(f"loss_parts={loss_parts}; logits are made in at least 1 part.")
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; a batch is run in at least 1 part.")
     if ema_decay is not None and not 0 < ema_decay < 1:
@@ -105,7 +111,7 @@ def make_train_step(
         cache = row_cache(config, batch)
         total_weight = jnp.sum(batch.weights)
         objective = lambda params, part: loss(
-            f, merged(base, params), cache, part, z_loss, total_weight
+            f, merged(base, params), cache, part, z_loss, total_weight, loss_parts
         )
         part_gradient = partial(jax.value_and_grad(objective, has_aux=True), params)
         if accumulate == 1:

@@ -144,6 +144,41 @@ def test_z_loss_is_added_to_the_objective_and_not_to_the_metric(random_batch, rn
     np.testing.assert_allclose(objective, plain + 0.5 * mean(lse**2), rtol=2e-6)
 
 
+def test_logits_made_in_parts_give_the_same_loss(
+    random_batch, assert_trees_close, compiled_text, rng
+):
+    config = ONE_LAYER.replace(dtype="float64", logit_soft_cap=5.0, tie_embeddings=False)
+    batch = random_batch(rng, 2)
+    with jax.enable_x64(True):
+        params, whole, _ = functions(config)
+        f, cache = program(config), init_cache(config, T)
+        of = lambda params, batch: loss(f, params, cache, batch, 0.5, parts=4)
+        parts = jax.jit(jax.value_and_grad(of, has_aux=True))
+        (value, nll), gradients = parts(params, batch)
+        expected, expected_gradients = functions(config, 0.5)[1](params, batch)
+        # Sums in another order, over tens of terms of which some cancel: roundings of 1e-16 each.
+        np.testing.assert_allclose((value, nll), expected, rtol=1e-12)
+        assert_trees_close(gradients, expected_gradients, 1e-11)
+        of_all = re.compile(rf"f64\[(2,{T}|{2 * T}|{T},2|{T}),{V}\]")  # what is never there at once
+        assert of_all.search(compiled_text(whole.lower(params, batch)))
+        assert not of_all.search(compiled_text(parts.lower(params, batch)))
+
+
+def test_logits_made_in_parts_have_the_same_bits_in_exact_numerics(random_batch, rng):
+    batch, (params, _, _) = random_batch(rng, 2), functions(ONE_LAYER)
+    whole, parts = (make_eval_step(ONE_LAYER, numerics="exact", loss_parts=n) for n in (1, 3))
+    np.testing.assert_array_equal(parts(params, batch), whole(params, batch))
+
+
+def test_logits_cannot_be_made_in_parts_of_any_program_and_number(random_batch, rng):
+    batch, (params, _, _) = random_batch(rng, 2), functions(ONE_LAYER)
+    f, cache = program(ONE_LAYER), init_cache(ONE_LAYER, T)
+    with pytest.raises(ValueError, match="rows of 24 tokens cannot be cut into loss_parts=5"):
+        loss(f, params, cache, batch, parts=5)
+    with pytest.raises(ValueError, match="loss_parts=2 goes with the program of a config"):
+        loss(lambda *given: f(*given), params, cache, batch, parts=2)
+
+
 def test_the_gradient_has_no_scatter_but_into_the_embedding(random_batch, compiled_text, rng):
     params, gradient, _ = functions(ONE_LAYER)
     text = compiled_text(gradient.lower(params, random_batch(rng, 3)))
