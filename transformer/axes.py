@@ -5,6 +5,8 @@ state and batches lie follows from it (`transformer.devices.layout`), and so doe
 is told of activations (`constrain`).
 """
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -41,3 +43,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(*axes))
+
+
+def split_over(size: int, *axes: str) -> tuple[str, ...]:
+    """The axes of `jax.set_mesh`'s mesh that `size` elements along logical axes are split over.
+
+    None of them where they do not divide it: a prompt, for instance, may have any length.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = tuple(n for axis in axes for n in _names(RULES[axis]) if shape.get(n, 1) > 1)
+    return names if size % math.prod(shape[n] for n in names) == 0 else ()
+
+
+def gather_tokens(x: jax.Array) -> jax.Array:
+    """Has devices that hold different tokens of x [B, T, ...] hold all of them."""
+    if not split_over(x.shape[1], "tokens"):
+        return x
+    any_way = PartitionSpec.UNCONSTRAINED
+    spec = PartitionSpec(any_way, None, *[any_way] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _names(axis):
+    return (axis,) if isinstance(axis, str) else axis

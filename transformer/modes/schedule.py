@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from transformer.axes import split_over
 from transformer.checks import token_ids, whole_number
 from transformer.config import Config
 from transformer.memory.cache import Cache, check_turn_ended
@@ -76,7 +77,11 @@ def parallel(f: Callable, params, cache: Cache, tokens, positions, packed: bool 
       (cache, logits [T, V]).
     """
     over = jax.vmap(
-        _one_token(f), in_axes=(None, None, 0, 0), out_axes=(None, 0), axis_name=POSITIONS
+        _one_token(f),
+        in_axes=(None, None, 0, 0),
+        out_axes=(None, 0),
+        axis_name=POSITIONS,
+        spmd_axis_name=split_over(len(tokens), "tokens") or None,
     )
     after, logits = over(params, cache.replace(packed=packed), tokens, positions)
     return after.replace(packed=cache.packed), logits

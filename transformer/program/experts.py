@@ -1,14 +1,19 @@
 """Mixture of experts: every token runs through the experts its router chose, and no others.
 
 Tokens are sorted by expert and each expert multiplies its own run of rows (`jax.lax.ragged_dot`),
-so expert weights are never gathered per token and none is dropped for lack of room.
+so expert weights are never gathered per token and none is dropped for lack of room. Of several
+devices, each sorts the tokens that it holds, and adds up what its own experts make of them.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from kernels.tracing import primitive
+from transformer.axes import split_over
 from transformer.program.activation import activate
 from transformer.program.dense import FeedForward, dense
 from transformer.program.linear import Linear, linear
@@ -33,22 +38,11 @@ class Experts:
 
 def mix_experts(spec, params: Experts, x):
     """x [E] -> [E]: the sum of k experts, weighted by their gates (arXiv:2401.04088)."""
-    gates, chosen = route(spec, params, x)
-    own = params.replace(router=None, choice_bias=None, shared=None, shared_gate=None)
-    weights, tree = jax.tree.flatten(own)
-    [y] = experts_p.bind(
-        x[None],
-        gates.astype(x.dtype)[None],
-        chosen[None],
-        *(w.astype(x.dtype) for w in weights),
-        spec=spec,
-        tree=tree,
-    )
-    return (
-        y[0]
-        if params.shared is None
-        else spec.numerics.rounded(y[0] + _run_shared(spec, params, x))
-    )
+    weights, tree = jax.tree.flatten(params.replace(shared=None, shared_gate=None))
+    [y] = experts_p.bind(x[None], *weights, spec=spec, tree=tree)
+    if params.shared is None:
+        return y[0]
+    return spec.numerics.rounded(y[0] + _run_shared(spec, params, x))
 
 
 def route(spec, params: Experts, x):
@@ -93,29 +87,56 @@ def _run_shared(spec, params, x):
     return spec.numerics.rounded(y * jax.nn.sigmoid(linear(spec, params.shared_gate, x)))
 
 
-def _run(x, gates, chosen, *weights, spec, tree):
-    """x [M, E], gates and chosen [M, k] -> [[M, E]]."""
-    experts, k = jax.tree.unflatten(tree, weights), chosen.shape[1]
+def _run(x, *weights, spec, tree):
+    """x [M, E] -> [[M, E]]."""
+    params = jax.tree.unflatten(tree, weights)
+    tokens = split_over(len(x), "rows", "tokens")
+    devices = split_over(spec.config.num_experts, "experts")
+    if not tokens + devices:
+        return [_mix(spec, params, x, 0)]
+
+    def part(params, x):
+        first = jax.lax.axis_index(devices) * len(params.up.weight) if devices else 0
+        return jax.lax.psum(_mix(spec, params, x, first), devices)
+
+    at = jax.tree.map(lambda _: PartitionSpec(devices), params)
+    whole = jax.tree.map(lambda _: PartitionSpec(), (params.router, params.choice_bias))
+    at = at.replace(router=whole[0], choice_bias=whole[1])
+    by_token = PartitionSpec(tokens)
+    # Where it checks what varies, JAX adds the gradients of `ragged_dot`'s rows up too early.
+    part = jax.shard_map(part, in_specs=(at, by_token), out_specs=by_token, check_vma=False)
+    return [part(params, x)]
+
+
+def _mix(spec, params, x, first):
+    """The part of the sum that the experts `first`.. make, which are here: x [M, E] -> [M, E]."""
+    gates, chosen = jax.vmap(partial(route, spec, params))(x)
+    chosen = chosen - first
+    k, X = chosen.shape[1], len(params.up.weight)
+    here = (chosen >= 0) & (chosen < X)
+    chosen = jnp.where(here, chosen, X)  # those elsewhere come last, behind the rows of all groups
     order = jnp.argsort(chosen.reshape(-1))
     expert = chosen.reshape(-1)[order]
-    sizes = (expert[:, None] == jnp.arange(spec.config.num_experts)).sum(0, dtype=jnp.int32)
+    sizes = (expert[:, None] == jnp.arange(X)).sum(0, dtype=jnp.int32)
 
     def linear(params, rows):
-        y = spec.numerics.ragged_dot(rows, params.weight, sizes)
-        return y if params.bias is None else spec.numerics.rounded(y + params.bias[expert])
+        y = spec.numerics.ragged_dot(rows, params.weight.astype(x.dtype), sizes)
+        if params.bias is None:
+            return y
+        return spec.numerics.rounded(y + params.bias.astype(x.dtype)[expert])
 
     rows = x[order // k]
-    gate = None if experts.gate is None else linear(experts.gate, rows)
-    hidden = activate(spec, linear(experts.up, rows), gate)
-    rows = linear(experts.down, hidden)[jnp.argsort(order)]
-    return [spec.numerics.mixture(gates, rows.reshape(*chosen.shape, -1))]
+    gate = None if params.gate is None else linear(params.gate, rows)
+    hidden = activate(spec, linear(params.up, rows), gate)
+    rows = linear(params.down, hidden)[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return spec.numerics.mixture(gates.astype(x.dtype), jnp.where(here[..., None], rows, 0))
 
 
 def _batch(axis, operands, dims, **static):
     """Mapped tokens become rows."""
     if all(dim is None for dim in dims):
         return experts_p.bind(*operands, **static), [None]
-    if any(dim is not None for dim in dims[3:]):
+    if any(dim is not None for dim in dims[1:]):
         raise NotImplementedError(
             "the weights of experts cannot be mapped; use jax.lax.map over models, not jax.vmap."
         )
@@ -124,8 +145,7 @@ def _batch(axis, operands, dims, **static):
         x = jnp.broadcast_to(x, (axis.size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         return x.reshape(-1, *x.shape[2:])
 
-    folded = [fold(x, dim) for x, dim in zip(operands[:3], dims[:3], strict=True)]
-    [y] = experts_p.bind(*folded, *operands[3:], **static)
+    [y] = experts_p.bind(fold(operands[0], dims[0]), *operands[1:], **static)
     return [y.reshape(axis.size, -1, y.shape[-1])], [0]
 
 
