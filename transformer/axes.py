@@ -55,13 +55,19 @@ def split_over(size: int, *axes: str) -> tuple[str, ...]:
     return names if size % math.prod(shape[n] for n in names) == 0 else ()
 
 
-def gather_tokens(x: jax.Array) -> jax.Array:
-    """Has devices that hold different tokens of x [B, T, ...] hold all of them."""
+def gather_tokens(x: jax.Array, heads: bool = False) -> jax.Array:
+    """Has devices that hold different tokens of x [B, T, ...] hold all of them.
+
+    With `heads`, for x [B, T, N, ...], each holds some heads instead, where their number divides:
+    tokens are exchanged for heads (DeepSpeed-Ulysses, arXiv:2309.14509).
+    """
     if not split_over(x.shape[1], "tokens"):
         return x
     any_way = PartitionSpec.UNCONSTRAINED
-    spec = PartitionSpec(any_way, None, *[any_way] * (x.ndim - 2))
-    return jax.lax.with_sharding_constraint(x, spec)
+    spec = [any_way, None, *[any_way] * (x.ndim - 2)]
+    if heads:
+        spec[2] = split_over(x.shape[2], "heads", "tokens") or any_way
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def _names(axis):

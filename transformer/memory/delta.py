@@ -1,11 +1,13 @@
 """The gated delta rule: a state that forgets, and corrects what it holds under a key."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from kernels import delta_rule
+from transformer.axes import gather_tokens
 from transformer.memory.memory import Memory, over_rows
 
 
@@ -45,6 +47,10 @@ class DeltaRule(Memory):
         if self.exact:
             return self._scan(block, i, cells, queries, shared)
         return delta_rule.chunk(block, i, queries, *cells)
+
+    def gather(self, cells, queries):
+        """All tokens of some heads: a head's tokens follow one another, and heads do not meet."""
+        return jax.tree.map(partial(gather_tokens, heads=True), (cells, queries))
 
     def depth(self, length):
         """Pieces follow each other, or tokens where they are exact."""

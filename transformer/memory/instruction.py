@@ -21,7 +21,6 @@ import numpy as np
 from kernels.blocks import Blocks
 from kernels.tracing import primitive
 from kernels.tracing.linear import linear_call
-from transformer.axes import gather_tokens
 from transformer.memory.rules import ProgramError, Rule
 
 POSITIONS = "positions"
@@ -136,9 +135,8 @@ def _run_read(*flat, memory, tree, packed, batched, **_):
 def _rows(memory, packed, block, given):
     """One layer's instruction in the form that can be differentiated: -> (block, z)."""
     run = memory.rows if packed is None else partial(memory.documents, packed)
-    # A token sees the cells of those before it, which other devices may have made.
-    cells = jax.tree.map(gather_tokens, given.cell)
-    after, z = run(block, given.i, cells, given.query, given.shared)
+    cells, queries = memory.gather(given.cell, given.query)
+    after, z = run(block, given.i, cells, queries, given.shared)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), after, block), z
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.blocks import Blocks
+from transformer.axes import gather_tokens
 
 
 class Memory:
@@ -87,6 +88,17 @@ class Memory:
         fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, block)
         scan = lambda *operands: self._scan(*operands, fresh=fresh)
         return over_rows(scan, block, i, cells, queries, shared)
+
+    def gather(self, cells, queries):
+        """Brings together what lies on several devices, each of which has some of the T tokens.
+
+        A token sees the cells of those before it, so every device gathers all cells. Its queries
+        may stay as they are.
+
+        Args:
+          cells, queries: with leading axes [B, T].
+        """
+        return jax.tree.map(gather_tokens, cells), queries
 
     def depth(self, length: int) -> int:
         """How many steps wait for each other where `length` tokens run at once.
