@@ -18,24 +18,27 @@ from transformer.devices.layout import param_shardings, shard_batch
 
 # The number of devices is fixed when JAX starts, so eight of them take a process of their own.
 PROGRAM = """
-    import json
+    import json, sys
     import jax, jax.numpy as jnp, numpy as np
     from transformer.config import Config, Delta, Latent
     from transformer.data.batches import Batch
     from transformer.devices.collectives import collectives
-    from transformer.devices.layout import shard_batch, state_shardings
+    from transformer.devices.layout import shard_batch, shard_params, state_shardings
     from transformer.devices.mesh import make_mesh
+    from transformer.program.init import init_params
+    from transformer.training.evaluation import make_eval_step
     from transformer.training.optimizer import OptimizerConfig, make_optimizer
     from transformer.training.step import init_state, make_train_step
 
     STEPS = 5
-    dense = Config(
+    attention = Config(
         vocab_size=42, max_length=128, num_layers=2, width=8, num_heads=4, num_kv_heads=2,
-        window=32, attention_sinks=True, scan_layers=True,
+        window=32, attention_sinks=True, scan_layers=True, feed_forward_width=8, num_experts=4,
+        experts_per_token=2,
     )
     kinds = Config(
-        vocab_size=42, max_length=32, num_layers=2, width=16, num_heads=4, num_experts=4,
-        experts_per_token=2, layer_kinds=("latent", "delta"),
+        vocab_size=42, max_length=32, num_layers=2, width=16, num_heads=4,
+        layer_kinds=("latent", "delta"),
         latent=Latent(rank=8, rotary_size=4),
         delta=Delta(num_key_heads=2, num_value_heads=4, key_size=4, value_size=4),
         tie_embeddings=False,
@@ -73,7 +76,9 @@ PROGRAM = """
         shardings = state_shardings(mesh, begin)
         state = jax.device_put(jax.tree.map(jnp.copy, begin), shardings)
         batches = [shard_batch(mesh, batch) for batch in batches]
-        step = make_train_step(config, optimizer, state_shardings=shardings, **options)
+        step = make_train_step(
+            config, optimizer, state_shardings=shardings, loss_parts=4, **options
+        )
         with jax.set_mesh(mesh):
             step = step.lower(state, batches[0]).compile()
         state, metrics = train(step, state, batches)
@@ -97,26 +102,32 @@ PROGRAM = """
             "activation": batches[0].tokens.size // rows // options["accumulate"] * config.width,
         }
 
-    every = "data=2,fsdp=2,tensor=2"
+    def exact_differs(config):
+        params, batch = init_params(config, jax.random.key(0)), make_batches(config)[0]
+        nll = make_eval_step(config, numerics="exact")
+        mesh = make_mesh("data=8")
+        with jax.set_mesh(mesh):
+            split = nll(shard_params(mesh, params), shard_batch(mesh, batch))
+        return bool((np.asarray(split) != np.asarray(nll(params, batch))).any())
+
+    meshes = json.loads(sys.argv[1])
     print(json.dumps({
-        "dense": compare(dense, "muon", 2, ["data=8", "fsdp=8", "tensor=2", every]),
-        "kinds": compare(kinds, "adamw", 1, [every]),
+        "attention": compare(attention, "muon", 2, meshes["attention"]),
+        "kinds": compare(kinds, "adamw", 1, meshes["kinds"]),
+        "exact differs": exact_differs(attention.replace(num_layers=1)),
     }))
 """
-MESHES = [
-    ("dense", "data=8"),
-    ("dense", "fsdp=8"),
-    ("dense", "tensor=2"),
-    ("dense", "data=2,fsdp=2,tensor=2"),
-    ("kinds", "data=2,fsdp=2,tensor=2"),
-]
+MESHES = {
+    "attention": ["data=8", "fsdp=8", "tensor=2", "context=2", "data=2,fsdp=2,tensor=2"],
+    "kinds": ["fsdp=2,context=2,tensor=2"],
+}
 
 
 @pytest.fixture(scope="module")
 def results():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(MESHES)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -125,7 +136,9 @@ def results():
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(("model", "mesh"), MESHES)
+@pytest.mark.parametrize(
+    ("model", "mesh"), [(model, mesh) for model, meshes in MESHES.items() for mesh in meshes]
+)
 def test_a_mesh_trains_like_one_device(results, model, mesh):
     result = results[model][mesh]
     # float32 sums in another order, and five updates that divide by small moments.
@@ -134,7 +147,7 @@ def test_a_mesh_trains_like_one_device(results, model, mesh):
 
 
 def test_parameters_are_split_over_fsdp_and_the_optimizer_over_data_too(results):
-    shares = {mesh: result["shares"] for mesh, result in results["dense"].items()}
+    shares = {mesh: result["shares"] for mesh, result in results["attention"].items()}
     assert shares["data=8"][0] == 1
     # What does not divide is whole on each device: norms, and of two heads an eighth.
     assert max(shares["data=8"][1:]) < 0.2
@@ -146,16 +159,27 @@ def test_parameters_are_split_over_fsdp_and_the_optimizer_over_data_too(results)
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
 def test_rows_of_activations_never_move(results, mesh):
-    result = results["dense"][mesh]
+    result = results["attention"][mesh]
     assert result["moved"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert max(result["moved"].values()) <= result["layer"] < result["activation"]
 
 
 def test_the_tensor_axis_adds_up_activations_and_gathers_none(results):
     for mesh in ("tensor=2", "data=2,fsdp=2,tensor=2"):
-        result = results["dense"][mesh]
+        result = results["attention"][mesh]
         assert result["moved"]["all-gather"] <= result["layer"] < result["activation"]
         assert result["moved"]["all-reduce"] == result["activation"]
+
+
+def test_the_context_axis_gathers_keys_and_values(results):
+    """Of 2 heads of 2 numbers, where an activation has 8; nothing else of their size moves."""
+    result = results["attention"]["context=2"]
+    assert result["moved"].keys() <= {"all-gather", "all-reduce"}
+    assert result["moved"]["all-gather"] == result["activation"] // 2
+
+
+def test_rows_split_over_devices_have_the_same_bits_in_exact_numerics(results):
+    assert not results["exact differs"]
 
 
 def abstract_mesh(**sizes):
