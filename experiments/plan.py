@@ -70,7 +70,7 @@ def plan(experiment, sizes: str) -> tuple[dict[str, int], dict]:
     model = experiment.architecture(257 if data.tokenizer == "bytes" else data.vocab_size)
     mesh = make_mesh(sizes)
     check_batch(mesh, data.batch_size, data.length)
-    optimizer = make_optimizer(experiment.optimizer, train.steps)
+    optimizer = make_optimizer(experiment.optimizer, train.steps, model.width)
     init = partial(init_state, model, optimizer, ema_decay=train.ema_decay)
     state = jax.eval_shape(init, jax.random.key(0))
     shardings = state_shardings(mesh, state)

@@ -177,6 +177,12 @@ class Experiment:
             )
             raise ValueError(f"{what} is for a model that is there; give config.init.path.")
         model = self.architecture(vocab_size=1)
+        if self.optimizer.transfer is not None and (model.tie_embeddings or self.lora.rank):
+            raise ValueError(
+                f"config.optimizer.transfer={self.optimizer.transfer} goes with "
+                "config.model.tie_embeddings=False, as the output's matrix takes smaller steps "
+                "than the embedding's, and without config.lora.rank."
+            )
         if self.init.path is None:
             self.require_room(model, "config.model.max_length")
 

@@ -38,7 +38,7 @@ from transformer.storage.model import (
     require_same_architecture,
 )
 from transformer.training.lora import Adapters, LoraConfig, init_adapters, merged
-from transformer.training.optimizer import OptimizerConfig, make_optimizer
+from transformer.training.optimizer import OptimizerConfig, make_optimizer, transferred
 from transformer.training.step import TrainState, first_state, init_state, make_train_step
 
 
@@ -97,13 +97,14 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         report_changes(workdir, experiment)
 
     with named_in_full("optimizer", OptimizerConfig):
-        optimizer = make_optimizer(experiment.optimizer, options.steps)
+        optimizer = make_optimizer(experiment.optimizer, options.steps, model.width)
     key = jax.random.key(options.seed)
     base = given.params if adapts else None
 
     def init(key):
         if base is None:
-            return init_state(model, optimizer, key, options.ema_decay)
+            prepared = partial(transferred, experiment.optimizer)
+            return init_state(model, optimizer, key, options.ema_decay, prepared)
         adapters = init_adapters(experiment.lora, base, key)
         return first_state(adapters, optimizer, options.ema_decay)
 

@@ -23,7 +23,7 @@ from transformer.devices.mesh import make_mesh
 from transformer.files import naming
 from transformer.storage.checkpoint import FOLDER
 from transformer.storage.model import CONFIG_FILE, Model, require_same_architecture
-from transformer.training.optimizer import OptimizerConfig, make_optimizer
+from transformer.training.optimizer import OptimizerConfig, make_optimizer, transferred
 from transformer.training.step import init_state
 
 
@@ -41,12 +41,13 @@ def train(experiment: RlExperiment, workdir: Path) -> int:
         require_same_architecture(workdir, config)
         report_changes(workdir, experiment)
     with named_in_full("optimizer", OptimizerConfig):
-        optimizer = make_optimizer(experiment.optimizer, options.steps)
+        optimizer = make_optimizer(experiment.optimizer, options.steps, config.width)
     rl_step = make_rl_step(
         config, optimizer, numerics=options.numerics, attention=options.attention
     )
     key = jax.random.key(options.seed)
-    init = partial(init_state, config, optimizer)
+    prepared = partial(transferred, experiment.optimizer)
+    init = partial(init_state, config, optimizer, prepared=prepared)
     start, state = 0, None
     if (workdir / FOLDER).exists():
         abstract = jax.eval_shape(init, key)

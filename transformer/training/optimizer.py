@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from transformer.program.params import Params
+
 NAMES = ("adamw", "muon")
 
 
@@ -26,6 +28,10 @@ class OptimizerConfig:
       momentum: Muon's, in [0, 1).
       adam_learning_rate: the peak for what Muon leaves to Adam; None: learning_rate. Muon's updates
         are scaled to the root mean square of Adam's, so one rate goes for both.
+      transfer: the width of the model that the learning rates were found for; they then go for
+        other widths (muP, arXiv:2203.03466, table 3). Matrices that read the width, those of the
+        layers and the output, begin smaller and take smaller steps as it grows. The head size is to
+        stay, and the feed-forward width to grow with the width. None: rates are as they are given.
 
     Raises:
       ValueError: a name that does not exist, or a value out of its range.
@@ -42,6 +48,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     momentum: float = 0.95
     adam_learning_rate: float | None = None
+    transfer: int | None = None
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -59,6 +66,8 @@ class OptimizerConfig:
         self._require("clip_norm", clip is None or clip > 0, "above 0, or None for no clipping")
         self._require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self._require("adam_learning_rate", rate is None or rate > 0, "above 0, or None")
+        base = self.transfer
+        self._require("transfer", base is None or base >= 1, "a width, at least 1, or None")
 
     def _require(self, name, holds, allowed):
         if not holds:
@@ -100,31 +109,42 @@ def layer_matrices(params):
     tokens would shrink between their rare gradients (OLMo 2, arXiv:2501.00656).
     """
 
-    def is_matrix(path, _):
-        names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-        return names[0] == "layers" and names[-1] == "weight"  # of `Linear`
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _place(path) == "layers", params)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def _place(path):
+    """Where the matrix of a `Linear` is, "layers" or "output"; None for all else."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    return names[0] if names[-1] == "weight" else None
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, width: int | None = None
+) -> optax.GradientTransformation:
     """The optimizer of a config, for `Params` and a run of total_steps.
 
+    Args:
+      width: that of the model, which config.transfer needs.
+
     Raises:
-      ValueError: total_steps is not more than warmup_steps.
+      ValueError: total_steps is not more than warmup_steps, or the width is not given.
     """
     schedule = learning_rate(config, total_steps)
-    adam = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.transfer is not None and width is None:
+        raise ValueError(f"transfer={config.transfer} needs the width of the model.")
+    ratio = 1 if config.transfer is None else config.transfer / width
+    smaller = [] if ratio == 1 else [_scale(layers=ratio, output=ratio)]
     if config.name == "adamw":
-        update = optax.adamw(
-            schedule, **adam, weight_decay=config.weight_decay, mask=layer_matrices
-        )
+        decay = optax.add_decayed_weights(config.weight_decay, layer_matrices)
+        update = optax.chain(adam, *smaller, decay, optax.scale_by_learning_rate(schedule))
     else:
         adam_peak = config.adam_learning_rate or config.learning_rate
+        adam_schedule = _schedule(adam_peak, config, total_steps)
         update = optax.partition(
             {
-                "muon": _muon(config, schedule),
-                "adam": optax.adam(_schedule(adam_peak, config, total_steps), **adam),
+                "muon": _muon(config, schedule, ratio),
+                "adam": optax.chain(adam, *smaller, optax.scale_by_learning_rate(adam_schedule)),
             },
             lambda params: jax.tree.map(
                 lambda matrix: "muon" if matrix else "adam", layer_matrices(params)
@@ -151,15 +171,34 @@ def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _muon(config, schedule):
+def transferred(config: OptimizerConfig, params: Params) -> Params:
+    """Fresh parameters as config.transfer wants them: as they are at its width, smaller above."""
+    if config.transfer is None:
+        return params
+    ratio = config.transfer / params.embedding.shape[1]
+    return _scale(layers=ratio**0.5, output=ratio).update(params, optax.EmptyState())[0]
+
+
+def _scale(**factors):
+    """Multiplies matrices by the factors of their places."""
+
+    def scale(tree, _):
+        one = lambda path, x: x * factors.get(_place(path), 1)
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    return optax.stateless(scale)
+
+
+def _muon(config, schedule, ratio):
     """Muon for matrices [..., in, out]; axes before those (repeats, experts) are a batch.
 
     Put together here because `contrib.muon` brings an Adam of its own, which has Nesterov momentum.
     """
     ends = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     dimensions = lambda params: jax.tree.map(lambda _: ends, params)
-    # Gives an orthogonal matrix the root mean square of Adam's updates: arXiv:2502.16982, 2.2.
-    scale = lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x
+    # Gives an orthogonal matrix the root mean square of Adam's updates: arXiv:2502.16982, 2.2. The
+    # length of what it changes then grows with the root of the width, where Adam's grows with it.
+    scale = lambda x: 0.2 * (ratio * max(x.shape[-2:])) ** 0.5 * x
     return optax.chain(
         contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
         optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),

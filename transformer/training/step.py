@@ -40,12 +40,16 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     ema_decay: float | None = None,
+    prepared: Callable[[Params], Params] = lambda params: params,
 ) -> TrainState:
-    """The state before the first step; the average starts at the initial parameters."""
+    """The state before the first step; the average starts at the initial parameters.
+
+    `prepared` changes fresh parameters, as `optimizer.transferred` does.
+    """
 
     @jax.jit  # one program, where every parameter by itself would be several
     def init(key):
-        return first_state(init_params(config, key), optimizer, ema_decay)
+        return first_state(prepared(init_params(config, key)), optimizer, ema_decay)
 
     return init(key)
 
