@@ -13,6 +13,7 @@ def get_config(name="llama-1b"):
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 2000
     config.train.steps = 100_000
+    config.train.loss_parts = 16
     config.train.eval_every = 1000
     config.train.sample_every = 1000
     config.checkpoint.every = 1000

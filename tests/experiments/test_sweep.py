@@ -14,8 +14,14 @@ def test_every_combination_has_a_folder():
         "model.width=32,optimizer.name=adamw": {"model.width": "32", "optimizer.name": "adamw"},
         "model.width=64,optimizer.name=adamw": {"model.width": "64", "optimizer.name": "adamw"},
     }
-    with pytest.raises(ValueError, match="give a field and its values"):
-        sweep.combinations(["model.width"])
+    together = sweep.combinations(["model.width,model.num_heads=32,4 64,8"])
+    assert list(together.values()) == [
+        {"model.width": "32", "model.num_heads": "4"},
+        {"model.width": "64", "model.num_heads": "8"},
+    ]
+    for wrong in ("model.width", "=3", "a,b=1,2 3"):
+        with pytest.raises(ValueError, match="give a field and its values"):
+            sweep.combinations([wrong])
 
 
 @pytest.fixture
@@ -36,9 +42,11 @@ def trained(monkeypatch):
 
 
 def test_the_table_is_best_first(trained, monkeypatch, tmp_path, capsys):
-    over = ["--over=model.width=33 31 34", f"--workdir={tmp_path}", "--", "--config=c.py"]
+    where = [f"--workdir={tmp_path}", f"--plot={tmp_path / 'sweep.png'}"]
+    over = ["--over=model.width=33 31 34", *where, "--", "--config=c.py"]
     monkeypatch.setattr(sys, "argv", ["sweep", *over])
     sweep.main()
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["model.width"] for row in rows] == ["31", "33", "34"]
     assert [flags for _, flags in trained] == [["--config=c.py"]] * 3

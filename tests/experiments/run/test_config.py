@@ -35,6 +35,7 @@ def test_sizes_that_follow_from_others_do_so_still():
         ("optimizer", "warmup_steps", -1, "config.optimizer.warmup_steps=-1; it must be 0 or more"),
         ("optimizer", "name", "sgd", "^config.optimizer.name='sgd' does not exist"),
         ("train", "ema_decay", "0.9", "ema_decay='0.9' is of type str"),
+        ("optimizer", "transfer", 16, "transfer=16 goes with config.model.tie_embeddings=False"),
         ("train", "steps", 0, "config.train.steps=0; it must be at least 1"),
         ("train", "accumulate", 3, "batch_size=8 must be a multiple of config.train.accumulate=3"),
         ("train", "loss_parts", 7, "length=64 must be a multiple of config.train.loss_parts=7"),

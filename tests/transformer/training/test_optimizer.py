@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from transformer.config import Config
 from transformer.program.init import init_params
-from transformer.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from transformer.training.optimizer import (
+    OptimizerConfig,
+    learning_rate,
+    make_optimizer,
+    transferred,
+)
 
 SMALL = Config(vocab_size=11, max_length=8, num_layers=2, width=8, num_heads=2)
 # Between them: every kind of parameter that there is.
@@ -34,10 +39,38 @@ def random_params(config, seed=0):
     return random_like(shapes, seed)
 
 
-def first_update(config, gradient, params):
+def first_update(config, gradient, params, width=None):
     """What an optimizer does to the parameters in the first of 10 steps."""
-    optimizer = make_optimizer(config, 10)
+    optimizer = make_optimizer(config, 10, width)
     return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradient, params)
+
+
+WIDE = SMALL.replace(width=32, num_heads=8, tie_embeddings=False)  # four times its width
+
+
+@pytest.mark.parametrize(("name", "of_layers"), [("adamw", 1 / 4), ("muon", 1 / 2)])
+def test_transfer_makes_steps_of_matrices_smaller_and_their_beginning(name, of_layers):
+    plain = OptimizerConfig(name, warmup_steps=0, weight_decay=0.0)
+    config = OptimizerConfig(name, warmup_steps=0, weight_decay=0.0, transfer=8)
+    params = random_params(WIDE)
+    gradient = random_like(params, 1)
+    updates = first_update(plain, gradient, params)
+    shares = first_update(config, gradient, params, WIDE.width)
+    begins = transferred(config, params)
+    # float32: a product and a quotient.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    of = lambda tree: (tree.layers[0].mixer.query.weight, tree.output.weight, tree.embedding)
+    jax.tree.map(
+        close, of(shares), (of(updates)[0] * of_layers, of(updates)[1] / 4, of(updates)[2])
+    )
+    jax.tree.map(close, of(begins), (of(params)[0] / 2, of(params)[1] / 4, of(params)[2]))
+    at_its_width = random_params(SMALL.replace(tie_embeddings=False))
+    jax.tree.map(close, transferred(config, at_its_width), at_its_width)
+
+
+def test_transfer_needs_a_width():
+    with pytest.raises(ValueError, match="transfer=8 needs the width of the model"):
+        make_optimizer(OptimizerConfig(transfer=8), 1000)
 
 
 def named_leaves(tree):
