@@ -104,7 +104,13 @@ def _run(x, *weights, spec, tree):
     at = at.replace(router=whole[0], choice_bias=whole[1])
     by_token = PartitionSpec(tokens)
     # Where it checks what varies, JAX adds the gradients of `ragged_dot`'s rows up too early.
-    part = jax.shard_map(part, in_specs=(at, by_token), out_specs=by_token, check_vma=False)
+    part = jax.shard_map(
+        part,
+        in_specs=(at, by_token),
+        out_specs=by_token,
+        axis_names={*tokens, *devices},
+        check_vma=False,
+    )
     return [part(params, x)]
 
 
