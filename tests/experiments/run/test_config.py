@@ -38,7 +38,7 @@ def test_sizes_that_follow_from_others_do_so_still():
         ("optimizer", "transfer", 16, "transfer=16 goes with config.model.tie_embeddings=False"),
         ("train", "steps", 0, "config.train.steps=0; it must be at least 1"),
         ("train", "accumulate", 3, "batch_size=8 must be a multiple of config.train.accumulate=3"),
-        ("train", "loss_parts", 7, "length=256 must be a multiple of config.train.loss_parts=7"),
+        ("train", "loss_parts", 7, "length=128 must be a multiple of config.train.loss_parts=7"),
         ("train", "seed", 2**40, r"train.seed=1099511627776; it must be between 0 and 2\*\*32 - 1"),
         ("train", "z_loss", float("nan"), "config.train.z_loss=nan; it must be 0 or more"),
         ("train", "attention", "fast", "attention backend 'fast' does not exist; choose .* xla"),
