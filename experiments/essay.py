@@ -134,6 +134,7 @@ def plot(measures, learned, ways):
     for x in measures:
         at = panel(x.name, "block", x.unit)
         at.errorbar(range(len(x.mean)), x.mean, x.interval, marker="s", capsize=3)
+        at.xaxis.get_major_locator().set_params(integer=True)
     by_step, by_second = (panel("copying", x, "loss") for x in ("step", "seconds"))
     for x in learned:
         by_step.plot(x.losses, label=x.name)
@@ -142,6 +143,8 @@ def plot(measures, learned, ways):
         at = panel(f"running T tokens, {name}", "T", unit)
         for way in ways:
             at.loglog(way.lengths, getattr(way, name), marker="o", label=way.name)
+        at.set_xticks(ways[0].lengths, ways[0].lengths)
+        at.minorticks_off()
         at.legend(fontsize=8)
     by_step.legend(fontsize=8)
     for at in axes:

@@ -59,7 +59,7 @@ def judge(measures: Sequence[Measure], learned: Sequence[Learned], ways: Sequenc
             "late",
             on[middle],
         ),
-        _feedback(*learned),
+        *_feedback(*learned),
         _caching({way.name: way for way in ways}),
     ]
 
@@ -74,21 +74,24 @@ def _more(sentence, name, first, a, second, b) -> Claim:
     )
 
 
-def _feedback(plain, feedback) -> Claim:
-    deeper = feedback.depth > plain.depth and feedback.seconds > plain.seconds
-    same = min(
-        len(plain.losses), max(1, round(len(plain.losses) * plain.seconds / feedback.seconds))
-    )
-    return Claim(
-        "The late block cannot be read early but at the price of depth: the feedback transformer "
-        "is deeper, and slower per step.",
-        SUPPORTED if deeper else REFUTED,
-        f"depth {feedback.depth} against {plain.depth}, {1e3 * feedback.seconds:.1f} ms a step "
-        f"against {1e3 * plain.seconds:.1f}; loss after {len(plain.losses)} steps "
-        f"{feedback.losses[-1]:.3f} against {plain.losses[-1]:.3f}, and after the "
-        f"{plain.seconds * len(plain.losses):.1f} s of the plain one's steps "
-        f"{feedback.losses[same - 1]:.3f}",
-    )
+def _feedback(plain, feedback) -> list[Claim]:
+    budget = len(plain.losses) * plain.seconds
+    same = min(len(feedback.losses), max(1, round(budget / feedback.seconds)))
+    return [
+        Claim(
+            "The late block cannot be read early but at the price of depth: the feedback "
+            "transformer is deeper.",
+            SUPPORTED if feedback.depth > plain.depth else REFUTED,
+            f"depth {feedback.depth} against {plain.depth}",
+        ),
+        Claim(
+            "That price is paid in time: it is slower per step.",
+            SUPPORTED if feedback.seconds > plain.seconds else REFUTED,
+            f"{1e3 * feedback.seconds:.1f} ms a step against {1e3 * plain.seconds:.1f}; loss after "
+            f"{len(plain.losses)} steps {feedback.losses[-1]:.3f} against {plain.losses[-1]:.3f}, "
+            f"and after as many seconds {feedback.losses[same - 1]:.3f}",
+        ),
+    ]
 
 
 def _caching(ways) -> Claim:

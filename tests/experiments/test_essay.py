@@ -30,7 +30,7 @@ def test_it_measures_and_judges(tmp_path, corpus):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out/essay.json").read_text())
-    assert len(found["claims"]) == 7
+    assert len(found["claims"]) == 8
     assert {x["verdict"] for x in found["claims"]} <= {SUPPORTED, REFUTED, UNDECIDED}
     counts = {way["name"]: way["operations"][0] for way in found["ways"]}
     assert counts["parallel"] <= 1.5 * counts["one by one"] < counts["without a cache"]
