@@ -25,7 +25,7 @@ from experiments.run import cli
 
 PEER = pathlib.Path(__file__).parent / "peers" / "transformers_gpt2.py"
 PEER_SUITES = ("train", "prefill", "decode")
-MODEL_SUITES = (*PEER_SUITES, "generate", "capacity", "compile")
+MODEL_SUITES = (*PEER_SUITES, "parts", "generate", "capacity", "compile")
 KERNEL_SUITES = ("attention", "decode_attention")
 SUITES = (*MODEL_SUITES, *KERNEL_SUITES)
 _SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Some of {', '.join(SUITES)}.")

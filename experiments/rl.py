@@ -27,7 +27,9 @@ from transformer.storage.checkpoint import CheckpointError
 with cli.flag_errors():
     _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/rl_demo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-_PLOT = flags.DEFINE_string("plot", None, "Draws the runs of the glob --workdir into this PNG.")
+_PLOT = flags.DEFINE_string(
+    "plot", None, "Draws the runs of the glob --workdir into this file, .png or .svg."
+)
 
 
 def main(argv):

@@ -20,8 +20,8 @@ def get_config():
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 10
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 1000
+    config.train.steps = 400
     config.train.numerics = "exact"
     config.train.log_every = 20
-    config.checkpoint.every = 250
+    config.checkpoint.every = 100
     return config

@@ -2,13 +2,14 @@
 
 import contextlib
 import glob
+import json
 import time
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from experiments.run.changes import report_changes
+from experiments.run.changes import EXPERIMENT_FILE, report_changes
 from experiments.run.config import named_in_full
 from experiments.run.meter import NotFinite
 from experiments.run.metrics import METRICS_FILE, read_rows
@@ -95,7 +96,7 @@ def _draw(model, experiment, step):
 
 
 def plot(pattern: str, path: Path) -> None:
-    """Draws reward, divergence and largest ratio by step, a line for each run.
+    """Draws reward, divergence and largest ratio by step, a line for each run, a color for a kind.
 
     Raises:
       ValueError: no run is there.
@@ -110,21 +111,30 @@ def plot(pattern: str, path: Path) -> None:
     runs = {folder: rows for folder, rows in runs.items() if rows}
     if not runs:
         raise ValueError(f"--workdir={pattern}: no run is there to be drawn.")
+    colors = {}
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    off = lambda row: max(row["largest_ratio"] - 1, 1 - row["smallest_ratio"])
     pictures = {
         "reward": lambda row: row["reward"],
         "KL": lambda row: row["kl"],
-        "|ratio - 1|": off,
+        "|ratio - 1|": lambda row: max(row["largest_ratio"] - 1, 1 - row["smallest_ratio"]),
     }
     for axis, (name, value) in zip(axes, pictures.items(), strict=True):
         for folder, rows in runs.items():
-            axis.plot([row["step"] for row in rows], list(map(value, rows)), label=folder.name)
+            kind = _kind(folder)
+            color = colors.setdefault(kind, f"C{len(colors)}")
+            steps = [row["step"] for row in rows]
+            axis.plot(steps, list(map(value, rows)), color=color, lw=1, label=kind)
         if name != "reward":
             axis.set_yscale("symlog", linthresh=1e-9)
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    lines = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    axes[0].legend(lines.values(), lines)
     with naming(path):
         figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _kind(folder):
+    experiment = json.loads((folder / EXPERIMENT_FILE).read_text())
+    return f"{experiment['train']['numerics']} {experiment['model']['dtype']}"

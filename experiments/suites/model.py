@@ -22,6 +22,7 @@ from transformer.program.init import init_cache, init_params
 from transformer.program.program import program
 from transformer.storage.model import Model
 from transformer.training.flops import flops_per_token
+from transformer.training.loss import compute_logits, row_cache
 from transformer.training.optimizer import OptimizerConfig, make_optimizer
 from transformer.training.step import init_state, make_train_step
 
@@ -30,11 +31,7 @@ PROMPT, NEW = 512, 32  # tokens before decoding begins, and tokens decoded
 
 def train(config: Config, repeats: int, attention: str, numerics: str):
     """A training step with AdamW, on 4 x 256 tokens on a CPU and 32 x 1024 on anything else."""
-    rows, length = (4, 256) if jax.default_backend() == "cpu" else (32, 1024)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (2, rows, length), dtype=np.int32)
-    batch = Batch(tokens[0], tokens[1], None, np.ones((rows, length), np.float32))
-    optimizer = make_optimizer(OptimizerConfig(name="adamw"), 1000)
+    batch, optimizer = _batch(config), make_optimizer(OptimizerConfig(name="adamw"), 1000)
     state = init_state(config, optimizer, jax.random.key(0))
     size = _bytes(state.params)
     step = make_train_step(config, optimizer, numerics=numerics, attention=attention)
@@ -45,6 +42,7 @@ def train(config: Config, repeats: int, attention: str, numerics: str):
         state, metrics = step(state, batch)
         return metrics
 
+    rows, length = batch.tokens.shape
     count = rows * length
     flops = count * flops_per_token(config, length)
     # Parameters are read forward and backward; gradients are written and read, and Adam reads and
@@ -52,6 +50,37 @@ def train(config: Config, repeats: int, attention: str, numerics: str):
     yield Figure(
         "train", f"{rows} x {length}", count, timed(call, repeats), seconds, flops, 10 * size
     )
+
+
+def parts(config: Config, repeats: int, attention: str, numerics: str):
+    """How far a training step has come after what time: the logits, the loss, its gradient, all."""
+    f, batch = program(config, numerics=numerics, attention=attention), _batch(config)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    rows, length = batch.tokens.shape
+    count = rows * length
+
+    def logits(params, batch):
+        return compute_logits(f, params, row_cache(config, batch), batch)
+
+    def loss(params, batch):
+        return f.numerics.cross_entropy(logits(params, batch), batch.targets)[0].mean()
+
+    passes = {"logits": (logits, 1), "loss": (loss, 1), "gradient": (jax.value_and_grad(loss), 3)}
+    for name, (function, products) in passes.items():
+        run_, seconds = compiled(function, params, batch)
+        flops = count * flops_per_token(config, length) * products / 3
+        times = timed(lambda run_=run_: run_(params, batch), repeats)
+        moved = products * _bytes(params)
+        yield Figure("parts", f"to the {name}", count, times, seconds, flops, moved)
+    for figure in train(config, repeats, attention, numerics):
+        yield Figure(**(vars(figure) | {"suite": "parts", "case": "to the new state"}))
+
+
+def _batch(config):
+    rows, length = (4, 256) if jax.default_backend() == "cpu" else (32, 1024)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (2, rows, length), dtype=np.int32)
+    return Batch(tokens[0], tokens[1], None, np.ones((rows, length), np.float32))
 
 
 def prefill(config: Config, repeats: int, attention: str, numerics: str):

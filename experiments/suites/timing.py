@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -59,7 +61,7 @@ class Limits:
 
     read: bytes/s in a matrix-vector product, which reads each number once.
     copy: bytes/s in changing an array in place, counting bytes read and bytes written.
-    flops: FLOP/s in a square matrix product.
+    flops: FLOP/s in a product of large matrices.
     """
 
     read: float
@@ -104,19 +106,24 @@ def timed(call: Callable[[], object], repeats: int, budget=math.inf) -> tuple[fl
 
 
 def measure_limits(dtype) -> Limits:
-    """Measures this machine's limits for numbers of a dtype."""
+    """Measures this machine's limits for numbers of a dtype.
+
+    The rate of products is the best of several shapes, on a CPU by XLA or by NumPy; memory is read
+    and copied in an array that no cache holds.
+    """
     import jax
     import jax.numpy as jnp
 
     on_cpu = jax.default_backend() == "cpu"
-    side = 2048 if on_cpu else 8192
-    square = jnp.ones((side, side), dtype)
     tall = jnp.ones((2**15 if on_cpu else 2**18, 4096), dtype)
     vector = jnp.ones(4096, dtype)
 
+    def seconds(call):
+        return statistics.median(timed(call, 7))
+
     def multiply(a, b):
         program, _ = compiled(jnp.matmul, a, b)
-        return statistics.median(timed(lambda: program(a, b), 7))
+        return seconds(lambda: program(a, b))
 
     def negate():  # in place: new memory would be timed with it
         nonlocal tall
@@ -125,5 +132,15 @@ def measure_limits(dtype) -> Limits:
 
     read = tall.nbytes / multiply(tall, vector)
     negative, _ = compiled(jnp.negative, tall, donate=0)
-    copy = 2 * tall.nbytes / statistics.median(timed(negate, 7))
-    return Limits(read, copy, flops=2 * side**3 / multiply(square, square))
+    copy = 2 * tall.nbytes / seconds(negate)
+    del tall
+    side = 2048 if on_cpu else 8192
+    rates = []
+    for m, k, n in ((side, side, side), (side, side // 4, side), (side // 2, side // 2, 2 * side)):
+        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+        times = [multiply(a, b)]
+        if on_cpu and np.dtype(dtype) in (np.float32, np.float64):  # NumPy has no fast narrow ones
+            x, y = np.asarray(a), np.asarray(b)
+            times.append(seconds(lambda x=x, y=y: x @ y))
+        rates.append(2 * m * k * n / min(times))
+    return Limits(read, copy, max(rates))
