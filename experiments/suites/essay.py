@@ -16,7 +16,7 @@ import optax
 from scipy.stats import t
 
 from transformer.insight import contributions, intervene, lens, scale, trace
-from transformer.insight.residual import places
+from transformer.insight.residual import block_layers
 from transformer.memory.latent import Latent
 from transformer.memory.softmax import Softmax
 from transformer.modes.depth import depth
@@ -107,15 +107,10 @@ def _looked(f, params, cache, tokens):
     distance = (shares * (at[:, None] - at)).sum(-1).mean(1)
     own = jnp.diagonal(shares, axis1=1, axis2=2).mean(1)
     agrees = (lens(f, params, seen).argmax(-1) == seen.logits.argmax(-1)).mean(1)
-    layers = [
-        layer
-        for layer, place in enumerate(places(f, params, seen))
-        for reading in place.readings
-        if not reading.again
-    ]
+    layers = jnp.array(block_layers(f, params, seen))
     flat = lambda x: x.reshape(len(at), -1)
     cells = [jnp.concatenate(list(map(flat, jax.tree.leaves(cell))), 1) for cell in seen.cells]
-    return {"distance": distance, "own": own, "agrees": agrees[jnp.array(layers)], "cells": cells}
+    return {"distance": distance, "own": own, "agrees": agrees[layers], "cells": cells}
 
 
 def _shares(seen, block):

@@ -37,6 +37,7 @@ def page(found, tokenizer, served: bool = False) -> str:
         "served": served,
         "predicted": found.predicted.tolist(),
         "lens": found.lens.tolist(),
+        "layers": found.layers,
         "cut_predicted": found.cut_predicted.tolist(),
         **{name: plain(getattr(found, name)) for name in ("probability", "cut_probability")},
         "reads": [

@@ -11,6 +11,7 @@ from transformer.insight.attribution import contributions, gradients
 from transformer.insight.edits import cut
 from transformer.insight.intervene import intervene
 from transformer.insight.lens import lens
+from transformer.insight.residual import block_layers
 from transformer.insight.trace import trace
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import run
@@ -33,6 +34,7 @@ class Flow:
       lens: [L, T] int32, what the residual stream after each layer says comes next.
       cut_predicted, cut_probability: [blocks, T, T]: with one cell (block, position) cut off from
         all queries, the prediction after each token, and its probability.
+      layers: of each block the number of the layer that writes it.
     """
 
     tokens: jax.Array
@@ -42,6 +44,7 @@ class Flow:
     lens: jax.Array
     cut_predicted: jax.Array
     cut_probability: jax.Array
+    layers: tuple[int, ...] = struct.field(pytree_node=False)
 
 
 def flow(f: Callable, params: Params, cache: Cache, tokens) -> Flow:
@@ -106,4 +109,5 @@ def _flow(f, params, cache, tokens):
         jax.lax.map(of_prediction, positions),
         predictions(lens(f, params, seen))[0],
         *(x.reshape(blocks, len(tokens), -1) for x in cuts),
+        block_layers(f, params, seen),
     )

@@ -124,6 +124,16 @@ def config_of(f) -> Config:
     return config
 
 
+def block_layers(f, params: Params, trace: Trace) -> tuple[int, ...]:
+    """The number of the layer that writes each block, of a program made by `program`."""
+    return tuple(
+        layer
+        for layer, place in enumerate(places(f, params, trace))
+        for reading in place.readings
+        if not reading.again
+    )
+
+
 def places(f, params: Params, trace: Trace) -> Iterator[Place]:
     """The layers of a program made by `program`, each with its part of a trace."""
     config, readings = config_of(f), iter(trace.instructions)

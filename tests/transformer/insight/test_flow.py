@@ -20,6 +20,7 @@ def test_the_flow_of_a_prompt(kind, model):
     blocks = {"hybrid": 3}.get(kind, 2)
     assert found.edges.shape == (5, blocks, 5, 5) and found.lens.shape == (2, 5)
     assert np.array_equal(found.lens[-1], found.predicted)
+    assert found.layers == {"hybrid": (0, 0, 1)}.get(kind, (0, 1))
     # Nobody reads a later cell, and a prediction owes nothing to later readers.
     assert not np.triu(found.edges, 1).any() and not found.edges[2, :, 3:].any()
     # Only the token's own reads in the last block lead to its logits.
