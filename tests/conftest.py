@@ -3,6 +3,7 @@
 import gc
 import os
 import secrets
+import sys
 import zlib
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
@@ -77,6 +78,14 @@ def pytest_runtest_makereport(item):
     if report.failed:
         report.sections.append(("Random numbers", f"--seed={item.config.seed} draws them again"))
     return report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+    """Modules share little; without this a process of many of them grows to 5 GB."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
