@@ -43,9 +43,10 @@ def main(argv):
     jax.config.update("jax_num_cpu_devices", devices)
     with cli.user_errors(ValueError, NotImplementedError):
         held, moved = plan(experiment, sizes)
-    _print(f"{sizes}: each of {devices} devices holds", [(n, _size(b)) for n, b in held.items()])
+    rows = [(name, _size(size)) for name, size in held.items()]
+    cli.print_table(f"{sizes}, each of {devices} devices", ["holds", "size"], rows)
     rows = [(f"{m.count} x {kind}", _size(m.bytes)) for kind, m in moved.items()]
-    _print("and takes part, each step, in", rows or [("nothing", "")])
+    cli.print_table("and each step", ["takes part in", "size"], rows or [("nothing", "")])
 
 
 def plan(experiment, sizes: str) -> tuple[dict[str, int], dict]:
@@ -58,13 +59,14 @@ def plan(experiment, sizes: str) -> tuple[dict[str, int], dict]:
     import jax
     import jax.numpy as jnp
 
+    from experiments.run.prepare import make_step
     from transformer.data.batches import Batch
     from transformer.devices.collectives import collectives
     from transformer.devices.layout import batch_sharding, check_batch, state_shardings
     from transformer.devices.mesh import make_mesh
     from transformer.program.init import init_cache
     from transformer.training.optimizer import make_optimizer
-    from transformer.training.step import init_state, make_train_step
+    from transformer.training.step import init_state
 
     data, train = experiment.data, experiment.train
     model = experiment.architecture(257 if data.tokenizer == "bytes" else data.vocab_size)
@@ -80,17 +82,7 @@ def plan(experiment, sizes: str) -> tuple[dict[str, int], dict]:
         jax.ShapeDtypeStruct((data.batch_size, data.length), dtype), batch_sharding(mesh)
     )
     batch = Batch(rows(jnp.int32), rows(jnp.int32), rows(jnp.int32), rows(jnp.float32))
-    step = make_train_step(
-        model,
-        optimizer,
-        numerics=train.numerics,
-        attention=train.attention,
-        accumulate=train.accumulate,
-        loss_parts=train.loss_parts,
-        z_loss=train.z_loss,
-        ema_decay=train.ema_decay,
-        state_shardings=shardings,
-    )
+    step = make_step(train, model, optimizer, shardings)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
@@ -122,18 +114,6 @@ def _bytes(tree):
 
 def _size(number):
     return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"
-
-
-def _print(title, rows):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":

@@ -143,15 +143,8 @@ def plot(rows: list[dict], fields: list[str], path: Path) -> None:
 
 
 def _print(rows):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in rows[0] if rows else ():
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console(highlight=False).print(table)
+    said = lambda x: f"{x:.4f}" if isinstance(x, float) else str(x)
+    cli.print_table("", list(rows[0]) if rows else [], [map(said, row.values()) for row in rows])
 
 
 if __name__ == "__main__":

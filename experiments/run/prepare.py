@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from grain import DatasetIterator
 from jax.sharding import Mesh
 
@@ -115,17 +116,7 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
     shardings = state_shardings(mesh, abstract)
     base_shardings = None if base is None else param_shardings(mesh, base)
     with named_in_full("train", Train):
-        train_step = make_train_step(
-            model,
-            optimizer,
-            numerics=options.numerics,
-            attention=options.attention,
-            accumulate=options.accumulate,
-            loss_parts=options.loss_parts,
-            z_loss=options.z_loss,
-            ema_decay=options.ema_decay,
-            state_shardings=shardings.replace(base=base_shardings),
-        )
+        train_step = make_step(options, model, optimizer, shardings.replace(base=base_shardings))
     start, state, data_state = 0, None, None
     if (workdir / FOLDER).exists():
         start, state, data_state = restore(workdir, abstract, shardings, experiment)
@@ -172,6 +163,23 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         batches=batches,
         validation=validation,
         shard=partial(shard_rows, mesh),
+    )
+
+
+def make_step(
+    options: Train, model: Config, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> Callable:
+    """The training step that a config's section says, on a mesh where the state lies so."""
+    return make_train_step(
+        model,
+        optimizer,
+        numerics=options.numerics,
+        attention=options.attention,
+        accumulate=options.accumulate,
+        loss_parts=options.loss_parts,
+        z_loss=options.z_loss,
+        ema_decay=options.ema_decay,
+        state_shardings=shardings,
     )
 
 

@@ -15,6 +15,7 @@ from transformer.inference.drawn import Drawn
 from transformer.inference.prefill import Prefill
 from transformer.inference.prompts import prompt_tokens, stop_conditions
 from transformer.inference.sampling import keep_below
+from transformer.numerics.numerics import numerics_of
 from transformer.program.fit import check_params
 from transformer.program.program import program
 
@@ -126,7 +127,7 @@ def _step(f, params, cache, parents, tokens, i, totals, vocab_size):
     """
     cache = jax.tree.map(lambda x: x[parents], cache)
     cache, logits = jax.vmap(f, (None, 0, 0, None))(params, cache, tokens, i)
-    logprobs = jax.nn.log_softmax(logits)
+    logprobs = logits - numerics_of(f).log_sum_exp(logits)[:, None]
     usable = jax.vmap(keep_below, (0, None))(logprobs, vocab_size)
     found, at = jax.lax.top_k((totals[:, None] + usable).reshape(-1), 2 * len(tokens))
     rows, ids = at // logits.shape[1], at % logits.shape[1]
