@@ -2,8 +2,8 @@
 
 {(architecture, bits of a number, width of a head): {kernel: (tile of queries, tile of keys, warps,
 stages)}}, where float32 that is multiplied as TF32 has 19 bits. Large tiles that need no stack and
-no spilled register, with triton 3.6.0 and 3.7.1 (of 19 bits: 3.7.1); not yet timed on a GPU. A
-kernel that is missing does not fit. The width is that of keys or of values, whichever is larger.
+no spilled register, with triton 3.6.0 and 3.7.1; not yet timed on a GPU. A kernel that is missing
+does not fit. The width is that of keys or of values, whichever is larger.
 """
 
 TABLE = {
@@ -208,7 +208,7 @@ TABLE = {
     (100, 19, 32): {
         "forward": (128, 128, 8, 3),
         "dq": (128, 64, 8, 3),
-        "dkdv": (64, 64, 8, 2),
+        "dkdv": (32, 64, 4, 2),
         "decode": (16, 64, 4, 3),
     },
     (100, 19, 64): {
@@ -220,7 +220,7 @@ TABLE = {
     (100, 19, 128): {
         "forward": (128, 64, 8, 2),
         "dq": (64, 64, 8, 2),
-        "dkdv": (16, 64, 8, 2),
+        "dkdv": (16, 64, 8, 1),
         "decode": (16, 64, 4, 3),
     },
     (100, 19, 256): {
