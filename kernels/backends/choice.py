@@ -35,9 +35,11 @@ BACKENDS = {
     "splash": "kernels.backends.splash",
     "splash_interpret": "kernels.backends.splash_interpret",
 }
-# What "auto" tries, in order. cudnn is not among them: it needs positions that are known while
-# tracing, and those of a program are data.
+# What "auto" tries, in order.
 AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
+# What it tries before them where positions are known while tracing, as those of a program are not.
+# Such a backend does some of what is asked for, and is passed over without a word.
+AUTO_KNOWN = {"gpu": ("cudnn",)}
 EXACT = ("xla",)  # those with one order of sums
 FORWARD_MODE = ("xla", "reference")  # those that jax.jvp and jax.linearize go through
 _NO_FORWARD_MODE = (
@@ -62,7 +64,7 @@ def check_backend(name: str) -> None:
         )
 
 
-def run(name: str, call: Callable):
+def run(name: str, call: Callable, *, known: bool = False):
     """Runs `call(backend)` with the module of a backend.
 
     Args:
@@ -70,6 +72,7 @@ def run(name: str, call: Callable):
         do it. The choice is logged once: as information, or as a warning if a better backend had to
         be passed over.
       call: a function of the module, traced.
+      known: whether positions are known while tracing; "auto" then tries `AUTO_KNOWN` before.
 
     Raises:
       ValueError: there is no such backend.
@@ -83,8 +86,8 @@ def run(name: str, call: Callable):
             raise
         except NotImplementedError as error:
             raise _Refusal(f"attention backend {name!r}: {error}") from error
-    reasons = {}
-    for candidate in AUTO[platform()]:
+    reasons, first = {}, AUTO_KNOWN.get(platform(), ()) if known else ()
+    for candidate in (*first, *AUTO[platform()]):
         try:
             result = call(_load(candidate))
         except NoSuchDerivative:
@@ -92,7 +95,8 @@ def run(name: str, call: Callable):
         except NotImplementedError as error:
             reasons[candidate] = str(error)
         else:
-            _say(platform(), candidate, tuple(reasons.items()))
+            wanted = tuple((name, why) for name, why in reasons.items() if name not in first)
+            _say(platform(), candidate, wanted)
             return result
     raise NotImplementedError(
         f"no attention backend for a {platform()} can do this:\n" + _listed(reasons.items())
@@ -138,7 +142,7 @@ def attend(
             raise NotImplementedError("it does not give the log-sum-exp.")
         return z, lse
 
-    return run(name, call)
+    return run(name, call, known=isinstance(where.q_positions, np.ndarray))
 
 
 def write(name: str, block, cells, new):

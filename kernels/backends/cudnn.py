@@ -34,6 +34,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
             "it has no soft cap": options.soft_cap is not None,
         }
     )
+    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     if T == 1:
         _refuse({"it has no window for a single query": options.window is not None})
         last = jnp.broadcast_to(where.q_positions[:, 0], q.shape[:1])
@@ -48,15 +49,16 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
                 f"it needs as many keys as queries, but got {S} for {T}": S < T,
             }
         )
-        keys, values = keys[:, :, :T], values[:, :, :T]
+        keys, values = keys[:, :T], values[:, :T]
         window = options.window
         choices = {"is_causal": True}
         choices["local_window_size"] = None if window is None else (window - 1, 0)
+    # JAX refuses the gradient of odd lengths: one query more, whose result is dropped, and one key
+    # that no other query sees.
+    even = lambda x: jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)])
     try:
         z = jax.nn.dot_product_attention(
-            q,
-            keys.swapaxes(1, 2),
-            values.swapaxes(1, 2),
+            *map(even, (q, keys, values)),
             scale=options.scale,
             implementation="cudnn",
             **choices,
@@ -65,7 +67,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
         raise NotImplementedError(str(error)) from error
     if T == 1:
         z = jnp.where(last[:, None, None, None] < 0, 0, z)
-    return z, None
+    return z[:, :T], None
 
 
 def _refuse(reasons):

@@ -20,11 +20,11 @@ from kernels.tracing.target import target
 TARGETS = {"triton": ("gpu", 90), "splash": ("tpu",), "cudnn": ("gpu", 90)}
 BACKENDS = ("xla", "triton_interpret", "splash_interpret", *TARGETS)
 # What a backend cannot do, and says itself (test_limits_are_said). CUDNN holds limits of cuDNN: of
-# GPUs before Hopper, of a backward pass that adds in any order, and of lengths with a gradient.
+# GPUs before Hopper, and of a backward pass that adds in any order.
 SPLASH = {"alibi", "kv_positions", "lse", "value size"}
 ONE_QUERY = {"q_positions", "kv_length"}  # for several queries only; for one, it lacks windows
 NO_MODE = {"q_starts", "sinks", "soft_cap", "float32", "mixed dtypes"}
-CUDNN = {"H=35", "H=256", "same bits", "gradient of odd length"}
+CUDNN = {"H=35", "H=256", "same bits"}
 LACKS = dict.fromkeys(BACKENDS, frozenset()) | {
     "splash": SPLASH,
     "splash_interpret": SPLASH,
@@ -81,7 +81,7 @@ def problems(draw, lacks=()):
     sizes = [H for H in (32, 35, 40, 256) if f"H={H}" not in lacks]
     K, G, H = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(sizes))
     if "q_positions" in lacks:
-        T = max(1, min(T, S) // 2 * 2)
+        T = min(T, S)
         lacks = lacks - ONE_QUERY | {"window"} if T == 1 else lacks
     maybe = lambda name: name not in lacks and draw(st.booleans())
     normal = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape), dtype), np.float64)
@@ -113,12 +113,8 @@ def problems(draw, lacks=()):
     return arrays, options, dtype
 
 
-def has_gradient(backend, T):
-    return T % 2 == 0 or "gradient of odd length" not in LACKS[backend]
-
-
-def function(options, backend, lse=True, gradient=True):
-    """A function of the arrays: their gradients where there are to be any, and outputs."""
+def function(options, backend, lse=True):
+    """A function of the arrays: their gradients and outputs."""
 
     def loss(arrays):
         result = attention(**arrays, **options, backend=backend, return_lse=lse)
@@ -131,22 +127,22 @@ def function(options, backend, lse=True, gradient=True):
         total = (jnp.sin(z.astype(wide)) * weights).sum() + 0.1 * finite.sum()
         return total, (z, finite, nothing)
 
-    return jax.grad(loss, has_aux=True) if gradient else lambda arrays: (None, loss(arrays)[1])
+    return jax.grad(loss, has_aux=True)
 
 
 def cast(arrays, dtype):
     return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
 
 
-def run(arrays, options, backend, dtype, lse=True, gradient=True):
+def run(arrays, options, backend, dtype, lse=True):
     """Gradients and outputs of one backend, as float64 arrays."""
-    results = jax.jit(function(options, backend, lse, gradient))(cast(arrays, dtype))
+    results = jax.jit(function(options, backend, lse))(cast(arrays, dtype))
     return jax.tree.map(lambda x: np.asarray(x, np.float64), results)
 
 
-def reference(arrays, options, lse=True, gradient=True):
+def reference(arrays, options, lse=True):
     with jax.enable_x64(True):
-        return run(arrays, options, "reference", jnp.float64, lse, gradient)
+        return run(arrays, options, "reference", jnp.float64, lse)
 
 
 def assert_close(actual, expected, tolerance):
@@ -158,9 +154,9 @@ def assert_close(actual, expected, tolerance):
 @given(data=st.data())
 def test_outputs_and_gradients_equal_the_reference(backend, data):
     arrays, options, dtype = data.draw(problems(LACKS[backend]))
-    results = "lse" not in LACKS[backend], has_gradient(backend, arrays["q"].shape[1])
-    actual = run(arrays, options, backend, dtype, *results)
-    assert_close(actual, reference(arrays, options, *results), TOLERANCE[dtype])
+    lse = "lse" not in LACKS[backend]
+    actual = run(arrays, options, backend, dtype, lse)
+    assert_close(actual, reference(arrays, options, lse), TOLERANCE[dtype])
 
 
 def tangents(arrays):
@@ -209,11 +205,11 @@ def test_a_backend_without_forward_mode_says_which_have_it(backend, name, jit):
 def test_a_backend_of_another_platform_takes_what_would_test_it(backend, data):
     """Traced only, so that the test above is ready for the day when it runs on that platform."""
     arrays, options, dtype = data.draw(problems(LACKS[backend]))
-    results = "lse" not in LACKS[backend], has_gradient(backend, arrays["q"].shape[1])
+    lse = "lse" not in LACKS[backend]
     with target(*TARGETS[backend]), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
         try:
-            jax.eval_shape(function(options, backend, *results), cast(arrays, dtype))
+            jax.eval_shape(function(options, backend, lse), cast(arrays, dtype))
         except NotImplementedError as error:
             if "it needs jax-triton" not in str(error):
                 raise
@@ -255,8 +251,6 @@ def test_the_same_bits_every_run(backend, rng):
 
 @pytest.mark.parametrize("T", [1, 40])
 def test_vmap_in_either_order_of_grad(backend, rng, T):
-    if not has_gradient(backend, T):
-        pytest.skip(f"{backend} has no gradient for an odd number of queries")
     dtype = precise(backend)
     q, k, v = (jnp.asarray(rng.normal(size=(3, 1, n, 2, 32)), dtype) for n in (T, 40, 40))
     loss = lambda q, k, v: jnp.sin(attention(q, k, v, backend=backend)).sum(dtype=jnp.float32)
@@ -393,10 +387,6 @@ LIMITS = {
     "soft_cap": ({"soft_cap": 2.0}, "it has no soft cap"),
     "float32": ({"q": np.zeros((2, 50, 4, 32), np.float32)}, "it takes float16 and bfloat16 only"),
     "mixed dtypes": ({"q": jnp.zeros((2, 50, 4, 32), jnp.bfloat16)}, "must have one dtype"),
-    "gradient of odd length": (
-        {name: np.zeros((2, 3, 2, 32), np.float16) for name in "qkv"},
-        "Unsupported sequence length Q 3",
-    ),
     "window of one query": (
         {"q": np.zeros((2, 1, 4, 32), np.float16), "window": 9},
         "it has no window for a single query",

@@ -3,8 +3,10 @@
 import logging
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from kernels import attention
 from kernels.backends import choice as backends
@@ -60,6 +62,31 @@ def test_auto_collects_the_reasons_of_those_that_cannot(offered, caplog):
     offered("missing", "bad")
     with pytest.raises(NotImplementedError, match=r"(?s)missing: it needs .*bad: it is a bad one"):
         backends.run("auto", attend)
+
+
+def test_auto_tries_others_first_where_positions_are_known_and_is_silent_about_them(
+    offered, caplog, monkeypatch
+):
+    caplog.set_level(logging.INFO, "kernels.backends.choice")
+    offered("bad", "good")
+    monkeypatch.setattr(backends, "AUTO_KNOWN", {platform(): ("missing", "good")})
+    assert backends.run("auto", attend, known=True) == "good"
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_on_a_gpu_auto_takes_cudnn_for_positions_that_are_known(monkeypatch):
+    pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    x = jax.ShapeDtypeStruct((2, 65, 4, 64), jnp.bfloat16)
+    positions = jax.ShapeDtypeStruct((1, 65), jnp.int32)
+    known = lambda x: attention(x, x, x)
+    data = lambda x, positions: attention(x, x, x, q_positions=positions)
+    with target("gpu", 90):
+        for function, arguments, name in ((known, [x], "cudnn"), (data, [x, positions], "triton")):
+            gradient = jax.grad(lambda *x, f=function: f(*x).sum(dtype=jnp.float32))
+            jaxpr = str(jax.make_jaxpr(gradient)(*arguments))
+            calls = {"cudnn": jaxpr.count("dot_product_attention"), "triton": jaxpr.count("triton")}
+            assert [backend for backend, count in calls.items() if count] == [name]
 
 
 @pytest.mark.parametrize("name", ["bad", "missing"])
