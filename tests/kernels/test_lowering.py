@@ -62,7 +62,8 @@ def test_a_training_step_lowers_without_an_array_of_queries_by_keys(backend):
     batch = Batch(rows(np.int32), rows(np.int32), rows(np.int32), rows(np.float32))
     step = make_train_step(CONFIG, optimizer, attention=backend)
     text, calls = lowered_text(step, state, batch, backend=backend)
-    assert calls == 3  # one forward and two of the backward pass, for all layers
+    # For all layers one forward and two of the backward pass; and keys and values are written.
+    assert calls == (5 if backend == "triton" else 3)
     assert (2, T, 4, 64) in shapes(text)
     assert not any(shape.count(T) > 1 for shape in shapes(text))
 

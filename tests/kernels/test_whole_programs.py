@@ -76,9 +76,13 @@ def test_a_chunk_of_a_ragged_batch_is_written_without_a_loop_over_rows(compiled)
     assert len(kernels(thunks)) == 5  # two writes in each layer, and a read in all but the last
     assert all("kCommandBuffer" in above for above in kernels(thunks))
     assert not copies_of_blocks(text)
+    assert not re.search(r"%\S*transpose\S* = \S* fusion", text)
 
 
-def test_a_training_step_holds_no_array_of_queries_by_keys(compiled):
+def test_a_training_step_holds_no_array_of_queries_by_keys_and_turns_nothing_around(compiled):
     thunks, text = compiled("train")
-    assert len(kernels(thunks)) == 6  # forward, and two of the backward pass, in each layer
+    # In each layer two writes, forward, and two of the backward pass.
+    assert len(kernels(thunks)) == 10
+    assert [kind for kind, _ in thunks].count("kConditional") == 1  # a step that is not finite
     assert not re.search(r"\[[\d,]*2048,2048[\d,]*\]", text)
+    assert not re.search(r"%\S*transpose\S* = \S* fusion", text)

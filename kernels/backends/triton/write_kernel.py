@@ -19,7 +19,7 @@ def write_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """block and block_out (the same buffer) [B, K, S, H]; cells [B, T]; new [B, K, T, H].
+    """block and block_out (the same buffer) [B, K, S, H]; cells [B, T]; new [B, T, K, H].
 
     A cell outside of the block is not written. Programs: B * K * ceil(T / BLOCK_M).
     """
@@ -27,7 +27,8 @@ def write_kernel(
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles).to(tl.int64)  # of all B * K
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    slots = tl.load(cells + head // K * T + rows, mask=rows < T, other=-1)
+    tokens = head // K * T + rows  # of all B * T
+    slots = tl.load(cells + tokens, mask=rows < T, other=-1)
     inside = (slots >= 0) & (slots < S)
-    written = load_rows(new, head * T + rows, H, inside, H, WIDTH)
+    written = load_rows(new, tokens * K + head % K, H, inside, H, WIDTH)
     store_rows(block_out, head * S + slots, H, inside, written, H, WIDTH)

@@ -14,7 +14,7 @@ from kernels.tracing.partition import foldable
 from kernels.tracing.target import architecture
 
 # As `kernels.tracing.partition` wants them: first the heads of the new cells, as "query heads".
-AXES = ("bnth", "bksh", "bt")
+AXES = ("btnh", "bksh", "bt")
 
 
 def write(block, cells, new, *, on: int | None = None):
@@ -22,7 +22,7 @@ def write(block, cells, new, *, on: int | None = None):
 
     Args:
       block: [B, K, S, H]; written in place, if this is its last use.
-      cells: [B, T] int32, with T below S.
+      cells: [B, T] int32, with T up to S.
       new: [B, K, T, H].
       on: as in `kernels.backends.triton.decode`.
 
@@ -30,12 +30,12 @@ def write(block, cells, new, *, on: int | None = None):
       The block with the new cells, which has gradients for block and new.
 
     Raises:
-      NotImplementedError: a slice update does it better, since the sequences share their cells or
-        the chunk fills the block; or the head size, dtype or architecture has no launch.
+      NotImplementedError: the sequences share their cells, which a slice update does better; there
+        are more tokens than cells; or the head size, dtype or architecture has no launch.
     """
     on = architecture() if on is None else on
-    if cells.shape[0] == 1 or cells.shape[1] >= block.shape[2]:
-        raise NotImplementedError("a slice update writes this in place.")
+    if cells.shape[0] == 1 or cells.shape[1] > block.shape[2]:
+        raise NotImplementedError("a slice update writes this in place, or says why it cannot.")
     launch("write", on, block.shape[3], block.dtype)
     run = partial(_run, on)
     return linear_call(run, write_transposed, cells.astype(jnp.int32), (block, new), results=block)
@@ -43,7 +43,8 @@ def write(block, cells, new, *, on: int | None = None):
 
 def _run(on, cells, operands):
     block, new = operands
-    (block,) = foldable(partial(_write, on), AXES, ("bksh",))(new, block, cells)
+    # As the tokens made them: what turned them around before is no operation any more.
+    (block,) = foldable(partial(_write, on), AXES, ("bksh",))(new.swapaxes(1, 2), block, cells)
     return block
 
 

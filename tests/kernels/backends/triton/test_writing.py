@@ -23,7 +23,7 @@ def chunks(draw):
     """A block, consecutive cells of each row with padding at the end, and new cells."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     B, K, T = draw(st.integers(2, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 40))
-    S, H = draw(st.integers(T + 1, 90)), draw(st.sampled_from([8, 20, 300]))
+    S, H = draw(st.integers(T, 90)), draw(st.sampled_from([8, 20, 300]))
     dtype = draw(st.sampled_from(["float32", "bfloat16"]))
     cells = rng.integers(0, S, (B, 1)) + np.arange(T)  # some rows leave the block
     cells[np.arange(T) >= rng.integers(0, T + 1, (B, 1))] = -1
@@ -64,7 +64,7 @@ def test_sequences_that_are_mapped_join_the_rows(rng):
         np.testing.assert_array_equal(mapped[n], slices.write(block[n], cells, new[n]))
 
 
-@pytest.mark.parametrize(("rows", "T"), [(1, 4), (2, 9)])
+@pytest.mark.parametrize(("rows", "T"), [(1, 4), (2, 10)])
 def test_what_one_slice_update_does_is_left_to_it(rows, T):
     block, cells = jnp.zeros((2, 1, 9, 8)), jnp.zeros((rows, T), jnp.int32)
     with pytest.raises(NotImplementedError, match="slice update"):
