@@ -6,6 +6,7 @@ with --prompt there is one reply, and the program ends.
 """
 
 import sys
+from functools import partial
 
 from absl import flags
 
@@ -32,13 +33,18 @@ def main(argv):
     """Loads the model, and replies to one message or to all that are typed."""
     del argv
     # Here and not above, so that --help needs no import of jax.
-    from transformer.inference.conversation import Conversation
+    from transformer.inference.conversation import Conversation, compile_replies
     from transformer.storage.checkpoint import CheckpointError
     from transformer.storage.model import load
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
-        model = load(_MODEL.value, dtype=_DTYPE.value, weights=_WEIGHTS.value)
         options = {flag.name: flag.value for flag in _OPTIONS}
+        model = load(
+            _MODEL.value,
+            dtype=_DTYPE.value,
+            weights=_WEIGHTS.value,
+            prepare=partial(compile_replies, **options),
+        )
         conversation = Conversation(model, system=_SYSTEM.value, **options)
     if _PROMPT.value is not None:
         with cli.user_errors(ValueError):

@@ -1,11 +1,13 @@
 """Conversations with a model: each turn runs what is new, and keeps the cells of what was said."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
 import numpy as np
 
+from transformer.config import Config
 from transformer.data.chat import render
 from transformer.inference.adjust import Written
 from transformer.inference.completion import Completion, Writer
@@ -15,6 +17,7 @@ from transformer.inference.prefill import chunk_size, empty_row
 from transformer.inference.prompts import prompt_keys, stop_conditions
 from transformer.modes.schedule import parallel
 from transformer.program.fit import check_params
+from transformer.program.params import Params
 from transformer.program.program import program
 
 _FIRST_CAPACITY = 2048  # cells; a conversation that outgrows them runs once again, in twice as many
@@ -48,9 +51,7 @@ class Conversation:
         self._options = Options(**options)
         self._model, self._tokenizer = model, model.tokenizer
         self._stops = stop_conditions(model.config, model.tokenizer, self._options.stop)
-        self._program = self._options.program or program(
-            model.config, numerics=self._options.numerics, attention=self._options.attention
-        )
+        self._program = _program(model.config, self._options)
         self._params = cast_params(model.config, model.params)
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.positions_run = 0
@@ -121,32 +122,61 @@ class Conversation:
 
     def _draw(self, tokens, writer):
         """Draws the reply, one token at a time."""
-        options, prompt = self._options, np.array(tokens, np.int32)
-        adjust = options.adjustments(self._model.config.vocab_size)
-        written = None
-        if adjust.need_written:
-            written = Written.begin(prompt, self._capacity, self._model.config.vocab_size)
-            written = jax.tree.map(lambda x: x[None], written)
-        last, keys = np.int32([len(tokens) - 1]), prompt_keys([prompt], options.seed)
-        state = State(self._cache, prompt[-1:], last, keys, written)
-        sampling = options.sampling(self._tokenizer.vocab_size)
-        stops, running = stop_ids(self._stops[1]), np.ones(1, bool)
-        one = np.int32(1)
+        state, how = _begin(
+            self._model.config,
+            self._options,
+            self._cache,
+            self._capacity,
+            tokens,
+            self._tokenizer.vocab_size,
+            self._stops[1],
+        )
         while writer.completion is None:
-            state, _, drawn = decode(
-                self._program,
-                self._params,
-                state,
-                running,
-                sampling,
-                stops,
-                one,
-                one,
-                adjust,
-                options.wanted,
-            )
+            state, _, drawn = decode(self._program, self._params, state, *how)
             yield writer.push(jax.tree.map(np.asarray, drawn).at(0, 0))
         self._cache = state.cache
+
+
+def _begin(config, options, cache, capacity, tokens, vocab_size, stops):
+    """What `decode` takes to draw one token of one row: its state, and what follows that."""
+    prompt = np.array(tokens, np.int32)
+    adjust, written = options.adjustments(config.vocab_size), None
+    if adjust.need_written:
+        written = Written.begin(prompt, capacity, config.vocab_size)
+        written = jax.tree.map(lambda x: x[None], written)
+    last, keys = np.int32([len(prompt) - 1]), prompt_keys([prompt], options.seed)
+    state = State(cache, prompt[-1:], last, keys, written)
+    sampling, running, one = options.sampling(vocab_size), np.ones(1, bool), np.int32(1)
+    return state, (running, sampling, stop_ids(stops), one, one, adjust, options.wanted)
+
+
+def compile_replies(config: Config, params: Params, **options) -> None:
+    """Compiles what a conversation runs, for as long as it fits its first cells.
+
+    `load` takes it as `prepare` and compiles while it reads: the first reply then begins sooner.
+
+    Args:
+      config, params: those of the model; of arrays the shapes are enough.
+      **options: as in `Conversation`.
+    """
+    options = Options(**options)
+    f = _program(config, options)
+    params = jax.eval_shape(partial(cast_params, config), params)
+    capacity, size = capacity_for(_FIRST_CAPACITY), chunk_size()
+    cache = jax.eval_shape(partial(empty_row, config, capacity))
+    state, how = _begin(config, options, cache, capacity, [0], None, ())
+    decoding = decode.lower(f, params, state, *how)
+    with ThreadPoolExecutor(1) as pool:  # what was compiled before is read outside of Python
+        compiled = pool.submit(decoding.compile)
+        ids = np.zeros(size, np.int32)
+        _read.lower(f, params, cache, ids, ids).compile()
+        compiled.result()
+
+
+def _program(config, options):
+    return options.program or program(
+        config, numerics=options.numerics, attention=options.attention
+    )
 
 
 @partial(jax.jit, static_argnames="f", donate_argnames="cache")

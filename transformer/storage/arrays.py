@@ -130,13 +130,16 @@ def _begin_to_read(future, name, leaf):
 
 
 def _place(parts, name, leaf):
+    if leaf.sharding is None:
+        [(_, future)] = parts
+        return jax.device_put(_result(future, name))
     arrays = [
         jax.device_put(value, device)
         for devices, future in parts
         for value in (_result(future, name),)
         for device in devices
     ]
-    return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), arrays)
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
 
 
 def _sharding(leaf):

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 
 from transformer.storage import arrays
 from transformer.storage.arrays import Damaged
@@ -93,6 +92,8 @@ class Checkpoints:
                 self._losses[step] = loss
 
     def _make_manager(self):
+        import orbax.checkpoint as ocp  # here, because it takes a while
+
         self.path.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
@@ -150,6 +151,8 @@ class Checkpoints:
         Raises:
           CheckpointError: this save or the one before failed, as on a full disk.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         content = json.dumps(
             {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from transformer.config import Config
 from transformer.numerics.quantised import Quantised, quantise
 from transformer.program.experts import Experts
 from transformer.program.linear import Linear
@@ -15,6 +16,8 @@ WEIGHTS = ("int8",)
 
 # Where the parameter of a name is placed: on a device, or split over several.
 Sharding = Callable[[str], jax.sharding.Sharding]
+# What is done while parameters are read: prepare(config, params), the parameters being shapes.
+Prepare = Callable[[Config, Params], None]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Keeping:
       sharding: sharding(name) is where the parameter of a name is placed; None: on the first
         device.
       weights: "int8": matrices are `Quantised`, those of experts left out; None: as they are read.
+      prepare: what is done meanwhile; None: nothing.
 
     Raises:
       ValueError: weights is something else.
@@ -32,6 +36,7 @@ class Keeping:
 
     sharding: Sharding | None = None
     weights: str | None = None
+    prepare: Prepare | None = None
 
     def __post_init__(self):
         if self.weights not in (None, *WEIGHTS):
@@ -42,8 +47,9 @@ class Keeping:
     def placing(self, params: Params) -> Callable[[str, np.ndarray], jax.Array | Quantised]:
         """place(name, x) keeps the numbers x of a parameter; `params` may be shapes only."""
         matrices = {} if self.weights is None else _matrices(params)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        sharding = self.sharding or (lambda _: here)
+        # None is the first device, and not "this device and no other": arrays that are bound to one
+        # would have the first step of `decode` compiled again, whose state is not bound yet.
+        sharding = self.sharding or (lambda _: None)
 
         def place(name, x):
             if name in matrices:

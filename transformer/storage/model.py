@@ -21,7 +21,7 @@ from transformer.program.params import Params
 from transformer.storage.arrays import flat
 from transformer.storage.checkpoint import CheckpointError, Checkpoints, LayoutError
 from transformer.storage.formats import gguf, hub, huggingface, tokenizer_files
-from transformer.storage.keeping import Keeping, Sharding
+from transformer.storage.keeping import Keeping, Prepare, Sharding
 from transformer.storage.meaning import differences, meaning
 
 CONFIG_FILE = "config.json"
@@ -96,6 +96,7 @@ def load(
     dtype: str | None = None,
     weights: str | None = None,
     sharding: Sharding | None = None,
+    prepare: Prepare | None = None,
 ) -> Model:
     """Reads a model: a published one, one that `save` wrote, or that of a training run.
 
@@ -111,6 +112,8 @@ def load(
         as they are. None: as `dtype` says.
       sharding: sharding(name) is where the parameter of a name, as "layers.0.mixer.query.weight",
         is placed; None: on the first device.
+      prepare: prepare(config, params) is called in a thread of its own while the parameters of a
+        published model are read, unless `weights` is given; params are their shapes.
 
     Of the checkpoints of a run it reads the one with the lowest validation loss, or the newest
     where none has been validated. Where that one is damaged, a warning says so, and it reads the
@@ -129,7 +132,7 @@ def load(
     dtype = None if dtype is None else jnp.dtype(dtype).name
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}, or None.")
-    keeping = Keeping(sharding, weights)
+    keeping = Keeping(sharding, weights, prepare)
     if hub.is_address(path):
         path = hub.download(os.fspath(path))
     path = Path(path)
@@ -160,8 +163,7 @@ def _load_own(path, sharding):
     config = read_config(path)
     tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = sharding or (lambda _: here)
+    placed = sharding or (lambda _: None)
     target = jax.tree.unflatten(
         jax.tree.structure(params),
         [

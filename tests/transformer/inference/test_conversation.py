@@ -1,11 +1,13 @@
 """Conversations: the replies of `generate`, and no position of the history runs twice."""
 
+import jax
 import pytest
 
 from transformer import Config, Model, generate
 from transformer.data.chat import chat_tokens
 from transformer.data.tokenizer import byte_tokenizer
-from transformer.inference.conversation import Conversation
+from transformer.inference.conversation import Conversation, compile_replies
+from transformer.program.program import program
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}"
@@ -41,6 +43,26 @@ def test_the_first_reply_is_what_generate_gives(model):
     prompt = chat_tokens(model.tokenizer, messages)
     [completion] = generate(model, [prompt], max_new_tokens=20, seed=3)
     assert reply == completion.text
+
+
+def test_what_is_compiled_ahead_is_what_replies_run(model):
+    """A program is called when it is traced: before the first reply, and never after."""
+    traced = []
+
+    class Traced:
+        config = model.config
+
+        def __call__(self, *operands):
+            traced.append(operands)
+            return program(self.config)(*operands)
+
+    options = {"max_new_tokens": 8, "repetition_penalty": 1.1, "program": Traced()}
+    compile_replies(model.config, jax.eval_shape(lambda: model.params), **options)
+    assert len(traced) == 2  # chunks of text, and the step that draws
+    conversation = Conversation(model, **options)
+    for text in ("Hello there", "And you?"):
+        assert "".join(conversation.reply(text))
+    assert len(traced) == 2
 
 
 def test_a_conversation_needs_text_and_room(model, random_params):

@@ -44,6 +44,7 @@ class Unnamed(Exception):
 
 
 @functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def abstract_params(config: Config) -> Params:
     """The shapes of a config's parameters."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

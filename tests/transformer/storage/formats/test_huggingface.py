@@ -171,6 +171,14 @@ def test_types_are_as_stored_or_as_asked_for(llama):
         load(llama, dtype="float16")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_prepared_meanwhile_sees_config_and_shapes(llama, dtype):
+    seen = []
+    model = load(llama, dtype=dtype, prepare=lambda *given: seen.append(given))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    assert seen == [(model.config, jax.tree.map(shape, model.params))]
+
+
 def test_a_config_that_transformers_does_not_have_is_refused(random_params, tmp_path):
     config = Config(
         vocab_size=8, max_length=8, num_layers=1, width=8, num_heads=2, positions="alibi"
