@@ -2,10 +2,12 @@
 
     python -m experiments.benchmark --suite=train,prefill,decode --preset=gpt2
     python -m experiments.benchmark --suite=attention,decode_attention,train,generate
+    python -m experiments.benchmark --model=PATH     a published model instead of random parameters
     python -m experiments.benchmark --numerics=fast,exact    what equal bits cost
     python -m experiments.benchmark --suite=... --json=FILE --plot=FILE
-    python -m experiments.benchmark --peer=PYTHON    also the same cases in torch and transformers,
-                                                     run by the Python that has them installed
+    python -m experiments.benchmark --peer=PYTHON    also the same cases in a peer, run by a Python
+                                                     that has it: llama.cpp for a file of GGUF, for
+                                                     all else transformers
 
 Each figure is the median of repeated runs after a first one, which does not count; the time to
 compile is a figure of its own. The suites of attention compare every kernel with float64 on the
@@ -23,13 +25,18 @@ from absl import flags
 
 from experiments.run import cli
 
-PEER = pathlib.Path(__file__).parent / "peers" / "transformers_gpt2.py"
+PEERS = pathlib.Path(__file__).parent / "peers"
 PEER_SUITES = ("train", "prefill", "decode")
 MODEL_SUITES = (*PEER_SUITES, "parts", "generate", "capacity", "compile")
 KERNEL_SUITES = ("attention", "decode_attention")
 SUITES = (*MODEL_SUITES, *KERNEL_SUITES)
 _SUITE = flags.DEFINE_list("suite", list(PEER_SUITES), f"Some of {', '.join(SUITES)}.")
 _PRESET = flags.DEFINE_string("preset", "gpt2", "Shape of the model; see transformer.presets.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "What `transformer.load` takes; default: random parameters of the preset."
+)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model.")
+_WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "Keep the model's matrices in int8.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of attention in the model suites.")
 _NUMERICS = flags.DEFINE_list(
     "numerics",
@@ -55,16 +62,14 @@ def main(argv):
     from experiments.suites import report, timing
     from transformer.files import naming
 
-    config = presets[_PRESET.value]
-    if jax.default_backend() != "cpu":
-        config = config.replace(dtype="bfloat16")
+    config, make_params = _subject(presets)
     limits = timing.measure_limits(config.compute_dtype)
     print(f"{jax.devices()[0].device_kind}: {limits}", flush=True)
     notices = cli.print_notices()
     rows, peer = [], _PEER.value
     for name in _SUITE.value:
         with cli.user_errors(NotImplementedError):
-            for numerics, figure in _figures(name, config):
+            for numerics, figure in _figures(name, config, make_params):
                 rows.append(report.row(figure, limits, numerics))
                 print(report.line(rows[-1]), flush=True)
         if peer and name in PEER_SUITES:
@@ -79,7 +84,8 @@ def main(argv):
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
         "jax": jax.__version__,
-        "preset": _PRESET.value,
+        "model": _MODEL.value or _PRESET.value,
+        "weights": _WEIGHTS.value,
         "dtype": config.dtype,
         "attention": _ATTENTION.value,
         "notices": notices,
@@ -111,8 +117,10 @@ def _check_flags(presets):
         cli.fail(f"--suite has no {', '.join(unknown)}; choose some of {', '.join(SUITES)}.")
     if _PRESET.value not in presets:
         cli.fail(f"--preset={_PRESET.value} does not exist; choose one of {', '.join(presets)}.")
-    if _PEER.value and _PRESET.value != "gpt2":
-        cli.fail("--peer runs GPT-2 124M; use it with --preset=gpt2.")
+    if _PEER.value and not _MODEL.value and _PRESET.value != "gpt2":
+        cli.fail("--peer runs GPT-2 124M, or a --model; use it with --preset=gpt2.")
+    if (_DTYPE.value or _WEIGHTS.value) and not _MODEL.value:
+        cli.fail("--dtype and --weights are for a --model.")
     if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
         cli.fail(f"--plot={_PLOT.value}; the plot is a PNG, so its name must end in .png.")
     with cli.user_errors(OSError):  # now, and not when everything is measured
@@ -120,14 +128,34 @@ def _check_flags(presets):
             open(path, "a").close()
 
 
-def _figures(name, config):
+def _subject(presets):
+    """The config, and a function that gives its parameters."""
+    import jax
+
+    from experiments.suites.model import random_params
+
+    if _MODEL.value:
+        from transformer.storage.checkpoint import CheckpointError
+        from transformer.storage.model import load
+
+        with cli.user_errors(ValueError, OSError, CheckpointError):
+            model = load(_MODEL.value, dtype=_DTYPE.value, weights=_WEIGHTS.value)
+        return model.config, lambda: model.params
+    config = presets[_PRESET.value]
+    if jax.default_backend() != "cpu":
+        config = config.replace(dtype="bfloat16")
+    return config, lambda: random_params(config)
+
+
+def _figures(name, config, make_params):
     """Runs one suite: an iterator over pairs of numerics and figures."""
     if name in MODEL_SUITES:
         from experiments.suites import model
 
         config = config.replace(max_length=max(config.max_length, model.PROMPT + model.NEW))
         for numerics in _NUMERICS.value:
-            for figure in getattr(model, name)(config, _REPEATS.value, _ATTENTION.value, numerics):
+            subject = model.Subject(config, make_params, _REPEATS.value, _ATTENTION.value, numerics)
+            for figure in getattr(model, name)(subject):
                 yield numerics, figure
         return
     from experiments.suites import attention
@@ -144,14 +172,14 @@ def _add_peer(rows, python, suite):
     """Runs one suite of the peer and notes its rates beside ours."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         # Without PYTHONPATH, where transformers would take our kernels for a library of that name.
-        command = [python, "-E", str(PEER)]
+        name = "llama_cpp_model" if (_MODEL.value or "").endswith(".gguf") else "transformers_model"
+        command = [python, "-E", str(PEERS / f"{name}.py")]
         options = [f"--cases={suite}", f"--json={file.name}", f"--repeats={_REPEATS.value}"]
+        options += [f"--model={_MODEL.value}"] if _MODEL.value else []
         result = subprocess.run(command + options, capture_output=True, text=True)
         if result.returncode:
             lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
-            raise PeerError(
-                f"{lines[-1]}; {python} needs what {PEER.parent / 'requirements.txt'} lists."
-            )
+            raise PeerError(f"{lines[-1]}; {python} needs what {PEERS / 'requirements.txt'} lists.")
         peer = json.load(file)
     for row in rows:
         rate = peer.get(f"{row['suite']} {row['case']}")

@@ -495,7 +495,8 @@ class Config:
     @property
     def layers(self) -> tuple[tuple[str, int | None], ...]:
         """Kind and window of each layer."""
-        return tuple(self.pattern[n % len(self.pattern)] for n in range(self.num_layers))
+        pattern = self.pattern
+        return tuple(pattern[n % len(pattern)] for n in range(self.num_layers))
 
     @property
     def rotary_size(self) -> int:

@@ -56,7 +56,7 @@ def print_tables(figures: dict, limits: Limits) -> None:
     for rows, name, columns in (
         (
             models,
-            f"{figures['preset']}, {figures['dtype']}",
+            ", ".join(filter(None, (figures["model"], figures["dtype"], figures["weights"]))),
             _MODEL_COLUMNS | more,
         ),
         (kernels, f"kernels, {figures['dtype']}", _KERNEL_COLUMNS),

@@ -51,7 +51,7 @@ from experiments.suites import timing
 
 timing.measure_limits = lambda dtype: timing.Limits(1e9, 1e9, 1e12)
 figure = lambda name: timing.Figure(name, "512", 8, (1.0,), 2.0, 1e9, 1e9)
-benchmark._figures = lambda name, config: [("fast", figure(name))]
+benchmark._figures = lambda name, *_: [("fast", figure(name))]
 cli.start(benchmark.main)
 """
     python = tmp_path / "python"
@@ -77,6 +77,9 @@ cli.start(benchmark.main)
         ("--suite=decode,speed", "--suite has no speed"),
         ("--preset=gpt5", "--preset=gpt5 does not exist"),
         ("--repeats=0", "repeats"),
+        ("--preset=tiny --peer=python", "--peer runs GPT-2 124M, or a --model"),
+        ("--weights=int8", "--dtype and --weights are for a --model"),
+        ("--model=/nowhere", "/nowhere is neither a saved model nor a work directory"),
         ("--attention=fast", "attention backend 'fast' does not exist"),
         ("--suite=", "--suite is empty"),
         ("--json=/nowhere/figures.json", "/nowhere/figures.json"),
@@ -84,7 +87,7 @@ cli.start(benchmark.main)
     ],
 )
 def test_wrong_use_is_one_line(flag, message):
-    result = program(flag)
+    result = program(*flag.split())
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line

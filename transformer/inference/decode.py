@@ -74,6 +74,8 @@ def decode(
       many steps are filled. What a row drew after it stopped has no meaning.
     """
 
+    @jax.jit  # traced once, though its results are asked for their shapes before
+    @jax.vmap
     def step(state, running):
         cache, logits = f(params, state.cache, state.token, jnp.where(running, state.i, -1))
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
@@ -88,12 +90,12 @@ def decode(
 
     def advance(carry):
         n, state, running, drawn = carry
-        state, new = jax.vmap(step)(state, running)
+        state, new = step(state, running)
         put = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, n, 0)
         running &= (state.token[:, None] != stop_ids).all(1)
         return n + 1, state, running, jax.tree.map(put, drawn, new)
 
-    shapes = jax.eval_shape(lambda: jax.vmap(step)(state, running)[1])
+    shapes = jax.eval_shape(step, state, running)[1]
     drawn = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
     n, state, _, drawn = jax.lax.while_loop(
         unfinished, advance, (jnp.int32(0), state, running, drawn)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
 from transformer.insight.residual import config_of, stream
@@ -67,6 +66,8 @@ def tune(
       steps: how many steps are taken.
       learning_rate: of Adam.
     """
+    import optax  # here, because it takes a while
+
     config = config_of(f)
     sequences = jnp.asarray(np.asarray(sequences), jnp.int32)
     cache = init_cache(config, sequences.shape[1])

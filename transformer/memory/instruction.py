@@ -70,7 +70,7 @@ def read(memory, operands: Operands, packed: int | None):
 
 
 def _of_one_token(tree, leaves):
-    return jax.tree.unflatten(tree, [x[0, 0] for x in leaves])
+    return jax.tree.unflatten(tree, [jax.lax.squeeze(x, (0, 1)) for x in leaves])
 
 
 def _step_structure(memory, operands, arrays):
@@ -99,7 +99,7 @@ def _step_structure_of(memory, tree, flat, _):
 
 
 def _bind(which, memory, operands, packed):
-    one = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None, None], tree)
+    one = lambda tree: jax.tree.map(lambda x: jax.lax.expand_dims(x, (0, 1)), tree)
     operands = operands._replace(
         i=one(operands.i), cell=one(operands.cell), query=one(operands.query)
     )

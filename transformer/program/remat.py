@@ -15,4 +15,7 @@ def segment(function):
         "segments": jax.checkpoint(function, static_argnums=0),
         "dots": jax.checkpoint(function, static_argnums=0, policy=dots),
     }
-    return lambda spec, *operands: recomputed[spec.config.remat](spec, *operands)
+    # Layers that are alike are traced and lowered once, which is most of the time before a first
+    # token. XLA puts the function back into each of its callers.
+    traced = {name: jax.jit(run, static_argnums=0) for name, run in recomputed.items()}
+    return lambda spec, *operands: traced[spec.config.remat](spec, *operands)

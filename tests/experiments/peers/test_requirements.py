@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PEERS = Path(__file__).parents[3] / "experiments" / "peers"
-PACKAGES = {"absl": "absl-py"}  # where the name of the import is not that of the package
+# Where the name of the import is not that of the package.
+PACKAGES = {"absl": "absl-py", "llama_cpp": "llama-cpp-python"}
 
 
 @pytest.mark.parametrize("path", sorted(PEERS.glob("*.py")), ids=lambda path: path.stem)
@@ -24,4 +25,5 @@ def test_all_that_a_peer_imports_is_listed(path):
             else [alias.name for alias in node.names]
         )
     }
-    assert {PACKAGES.get(name, name) for name in imported - sys.stdlib_module_names} <= set(listed)
+    imported -= sys.stdlib_module_names | {path.stem for path in PEERS.glob("*.py")}
+    assert {PACKAGES.get(name, name) for name in imported} <= set(listed)

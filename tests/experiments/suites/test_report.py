@@ -6,7 +6,13 @@ from experiments.suites import report
 from experiments.suites.timing import Figure, KernelFigure, Limits
 
 LIMITS = Limits(read=36e9, copy=59e9, flops=0.46e12)
-FIGURES = {"preset": "gpt2-medium", "dtype": "bfloat16", "device": "a device", "date": "2026-11-25"}
+FIGURES = {
+    "model": "gpt2-medium",
+    "weights": None,
+    "dtype": "bfloat16",
+    "device": "a device",
+    "date": "2026-11-25",
+}
 
 
 def figure(suite="decode", case="after 512, batch 8"):
