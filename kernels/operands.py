@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 
 @partial(
@@ -26,6 +27,22 @@ class Where:
     q_positions: jax.Array
     kv_positions: jax.Array | None = None
     q_starts: jax.Array | None = None
+
+    def cells(self, num_cells: int, window: int | None):
+        """The first and the last cell that each query sees, of cells that hold their own positions.
+
+        Returns:
+          first, last, empty: all [B or 1, T]. Where a query sees nothing it is empty, and cell 0
+          stands for both ends.
+        """
+        first = jnp.zeros_like(self.q_positions)
+        if self.q_starts is not None:
+            first = jnp.maximum(self.q_starts, 0)
+        if window is not None:
+            first = jnp.maximum(first, self.q_positions - (window - 1))
+        last = jnp.minimum(self.q_positions, num_cells - 1)
+        empty = first > last
+        return jnp.where(empty, 0, first), jnp.where(empty, 0, last), empty
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["sinks", "alibi"], meta_fields=[])

@@ -6,9 +6,9 @@ where it has a way of its own to run one token on blocks as they lie, with
     decode(blocks, i, cell, q, shared, *, options) -> (arrays, z)
     read(blocks, i, q, shared, *, options) -> z
 
-as in `kernels.write_read`; and, where it has one to write a chunk, `write` as in `kernels.cells`. A
-backend that cannot do what it is asked to raises NotImplementedError with the reason, before it
-computes anything.
+as in `kernels.write_read`; where it has one to write a chunk, `write` as in `kernels.cells`; and,
+where it has one order of sums, `product` as below. A backend that cannot do what it is asked to
+raises NotImplementedError with the reason, before it computes anything.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ BACKENDS = {
     "triton": "kernels.backends.triton",
     "triton_interpret": "kernels.backends.triton.interpret",
     "cudnn": "kernels.backends.cudnn",
+    "tokamax": "kernels.backends.tokamax",
     "splash": "kernels.backends.splash",
     "splash_interpret": "kernels.backends.splash_interpret",
 }
@@ -40,13 +41,16 @@ AUTO = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
 # What it tries before them where positions are known while tracing, as those of a program are not.
 # Such a backend does some of what is asked for, and is passed over without a word.
 AUTO_KNOWN = {"gpu": ("cudnn",)}
-EXACT = ("xla",)  # those with one order of sums
+EXACT = ("xla", "triton", "triton_interpret")  # those with one order of sums
 FORWARD_MODE = ("xla", "reference")  # those that jax.jvp and jax.linearize go through
 _NO_FORWARD_MODE = (
     "attention backend {!r} has first derivatives in reverse mode only (jax.grad, jax.vjp); for "
     f"jax.jvp, jax.linearize and Hessian-vector products use one of {', '.join(FORWARD_MODE)}."
 )
-_PACKAGES = {"triton": "jax-triton (pip install -e '.[cuda]')"}
+_PACKAGES = {
+    "triton": "jax-triton (pip install -e '.[cuda]')",
+    "tokamax": "tokamax (pip install -e '.[tokamax]', on Python 3.12 or newer)",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -156,6 +160,26 @@ def write(name: str, block, cells, new):
             if hasattr(module, "write"):
                 return module.write(block, cells, new)
     return slices.write(block, cells, new)
+
+
+def product(x, w):
+    """x [M, K] @ w [K, N] -> [M, N], in one order of sums, where a backend has a way of its own.
+
+    Returns None where that of this platform has none.
+    """
+    for candidate in AUTO[platform()]:
+        with contextlib.suppress(NotImplementedError):
+            module = _load(candidate)
+            if hasattr(module, "product"):
+                return module.product(x, w)
+    return None
+
+
+def refuse(reasons: dict[str, bool]) -> None:
+    """Raises NotImplementedError with those of a backend's reasons that apply, if any does."""
+    refused = [reason for reason, applies in reasons.items() if applies]
+    if refused:
+        raise NotImplementedError("; ".join(refused) + ".")
 
 
 def check_exact(module, options: Options) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.backends.choice import refuse
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.target import platform
@@ -21,7 +22,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
         GPU with cuDNN.
     """
     T, S = q.shape[1], keys.shape[2]
-    _refuse(
+    refuse(
         {
             f"it runs on CUDA GPUs, and this is a {platform()}": platform() != "gpu",
             "it takes float16 and bfloat16 only": jnp.dtype(q.dtype).itemsize != 2,
@@ -36,14 +37,14 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     )
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     if T == 1:
-        _refuse({"it has no window for a single query": options.window is not None})
+        refuse({"it has no window for a single query": options.window is not None})
         last = jnp.broadcast_to(where.q_positions[:, 0], q.shape[:1])
         choices = {"key_value_seq_lengths": jnp.clip(last + 1, 1, S).astype(jnp.int32)}
     else:
         known = (
             isinstance(where.q_positions, np.ndarray) and (where.q_positions == np.arange(T)).all()
         )
-        _refuse(
+        refuse(
             {
                 "it needs positions 0..T-1 known while tracing: leave q_positions out": not known,
                 f"it needs as many keys as queries, but got {S} for {T}": S < T,
@@ -68,9 +69,3 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
     if T == 1:
         z = jnp.where(last[:, None, None, None] < 0, 0, z)
     return z[:, :T], None
-
-
-def _refuse(reasons):
-    refused = [reason for reason, applies in reasons.items() if applies]
-    if refused:
-        raise NotImplementedError("; ".join(refused) + ".")

@@ -112,13 +112,8 @@ def _run(options, interpret, q, keys, values, q_positions, q_starts, sinks):
     dtype = keys.dtype if keys.dtype.itemsize < q.dtype.itemsize else q.dtype
     q_tile, kv_tile = (min(TILE, -(-n // LANES) * LANES) for n in (T, S))
 
-    first = jnp.zeros_like(q_positions) if q_starts is None else jnp.maximum(q_starts, 0)
-    if options.window is not None:
-        first = jnp.maximum(first, q_positions - (options.window - 1))
-    last = jnp.minimum(q_positions, S - 1)
     # The kernel cannot read nothing: such a query reads the first cell, and its result is dropped.
-    empty = first > last
-    first, last = jnp.where(empty, 0, first), jnp.where(empty, 0, last)
+    first, last, empty = Where(q_positions, q_starts=q_starts).cells(S, options.window)
     query = jnp.where(empty, 0, q_positions)
     if q_starts is not None:
         query = first << PACKED_BITS | last

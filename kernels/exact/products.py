@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels.backends import choice
 from kernels.exact.order import COLUMNS, ROWS, few_rows, order
 from kernels.exact.sums import rounded
 
@@ -12,7 +13,15 @@ MOST = 512  # terms of one chain in a batch of products
 
 
 def product(x, w):
-    """x [M, K] @ w [K, N] -> [M, N], a row as if it were the only one."""
+    """x [M, K] @ w [K, N] -> [M, N], a row as if it were the only one.
+
+    Narrow types are multiplied and summed in float32, which the result is in.
+    """
+    y = choice.product(x, w)
+    if y is not None:
+        return y
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x, w = x.astype(wide), w.astype(wide)
     (M, K), N = x.shape, w.shape[1]
     w = jnp.pad(w, ((0, 0), (0, -N % COLUMNS)))
     found = order(K, w.shape[1], x.dtype)

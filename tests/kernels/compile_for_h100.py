@@ -41,9 +41,9 @@ CONFIG = Config(
 )
 
 
-def decode_loop():
+def decode_loop(numerics="fast"):
     """The loop of `generate` that draws tokens."""
-    f, params, cache = _model()
+    f, params, cache = _model(numerics)
     row = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
     state = State(cache, row, row, jax.ShapeDtypeStruct((ROWS, 2), jnp.uint32))
     running, sampling = np.ones(ROWS, bool), Sampling.make(vocab_size=CONFIG.vocab_size)
@@ -67,15 +67,20 @@ def train():
     return make_train_step(CONFIG, optimizer, attention="triton"), (state, batch)
 
 
-PROGRAMS = {"decode": decode_loop, "prefill": prefill, "train": train}
+PROGRAMS = {
+    "decode": decode_loop,
+    "exact_decode": partial(decode_loop, "exact"),
+    "prefill": prefill,
+    "train": train,
+}
 
 
-def _model():
+def _model(numerics="fast"):
     params = jax.eval_shape(partial(init_params, CONFIG), jax.random.key(0))
     params = jax.eval_shape(partial(cast_params, CONFIG), params)
     cache = jax.eval_shape(partial(init_cache, CONFIG, CAPACITY))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((ROWS, *x.shape), x.dtype), cache)
-    return program(CONFIG, attention="triton"), params, rows
+    return program(CONFIG, numerics=numerics, attention="triton"), params, rows
 
 
 def main(name, folder):

@@ -4,6 +4,9 @@ These are also the tests of kernels/operands.py, of kernels/backends/{xla,cudnn,
 and of the forward and backward kernels in kernels/backends/triton.
 """
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +20,7 @@ from kernels.backends import choice, splash, xla
 from kernels.tracing.target import target
 
 # Those for a device that is not here skip, with their reason.
-TARGETS = {"triton": ("gpu", 90), "splash": ("tpu",), "cudnn": ("gpu", 90)}
+TARGETS = {name: ("gpu", 90) for name in ("triton", "cudnn", "tokamax")} | {"splash": ("tpu",)}
 BACKENDS = ("xla", "triton_interpret", "splash_interpret", *TARGETS)
 # What a backend cannot do, and says itself (test_limits_are_said). CUDNN holds limits of cuDNN: of
 # GPUs before Hopper, and of a backward pass that adds in any order.
@@ -29,10 +32,11 @@ LACKS = dict.fromkeys(BACKENDS, frozenset()) | {
     "splash": SPLASH,
     "splash_interpret": SPLASH,
     "cudnn": SPLASH | ONE_QUERY | NO_MODE | CUDNN,
+    "tokamax": SPLASH | {"sinks", "float32", "mixed dtypes"},
 }
 # What unseen cells hold. xla and splash multiply it by a weight of zero, so it must be finite.
 # cudnn is not asked: it takes no positions that leave cells unseen.
-GARBAGE = {"xla": 1e30, "triton": np.nan, "splash": 1e30}
+GARBAGE = {"xla": 1e30, "triton": np.nan, "splash": 1e30, "tokamax": 1e30}
 # Largest difference from float64, in units of the largest value of the result. float32: sums of up
 # to some hundred products, each rounded by 6e-8. The others: inputs are exact in both, weights and
 # results are rounded once (bfloat16 8 bits, float16 11 bits), and a gradient is a product of those.
@@ -47,6 +51,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(xla, "LARGE_KEY_TILE", 48)
     monkeypatch.setattr(xla, "PARTS", 2)
     monkeypatch.setattr(splash, "TILE", 128)
+    with contextlib.suppress(ImportError):  # triton may be missing
+        monkeypatch.setattr("kernels.backends.triton.splitting.FEW", 16)
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
@@ -211,8 +217,8 @@ def test_a_backend_of_another_platform_takes_what_would_test_it(backend, data):
         try:
             jax.eval_shape(function(options, backend, lse), cast(arrays, dtype))
         except NotImplementedError as error:
-            if "it needs jax-triton" not in str(error):
-                raise
+            if not re.search("it needs (jax-triton|tokamax)|not supported on this", str(error)):
+                raise  # of a package that is missing, and one that wants the device itself
             pytest.skip(str(error))
 
 

@@ -70,6 +70,15 @@ def test_a_decode_step_is_one_graph_of_launches_and_copies_no_block(compiled):
     assert not copies_of_blocks(text)
 
 
+def test_exact_numerics_decode_in_one_graph_too_and_copy_no_block(compiled):
+    thunks, text = compiled("exact_decode")
+    # In each of two layers two writes, a read, a merge, and seven products; and the logits.
+    calls = kernels(thunks)
+    assert len(calls) == 2 * 11 + 1
+    assert all("kCommandBuffer" in above and "kWhile" in above for above in calls)
+    assert not copies_of_blocks(text)
+
+
 def test_a_chunk_of_a_ragged_batch_is_written_without_a_loop_over_rows(compiled):
     thunks, text = compiled("prefill")
     assert [kind for kind, _ in thunks].count("kWhile") == 1  # over chunks

@@ -19,9 +19,7 @@ def exact_dot(x, w):
 
 def _run(x, w):
     """x [M, K], w [K, N] -> [[M, N]]."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = product(rounded(x).astype(wide), w.astype(wide))
-    return [rounded(y.astype(x.dtype))]
+    return [rounded(product(rounded(x), w).astype(x.dtype))]
 
 
 def _batch(axis, operands, dims):
@@ -56,8 +54,7 @@ exact_dot_p = primitive.define("exact_dot", _run, _batch, _jvp)
 @jax.custom_jvp
 def exact_ragged_dot(x, w, sizes):
     """`jax.lax.ragged_dot`, a row as if it were the only one; derivatives are the plain ones."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return rounded(grouped(rounded(x).astype(wide), w.astype(wide), sizes).astype(x.dtype))
+    return rounded(grouped(rounded(x), w, sizes).astype(x.dtype))
 
 
 @exact_ragged_dot.defjvp

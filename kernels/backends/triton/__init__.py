@@ -4,7 +4,8 @@
 """
 
 from kernels.backends.triton.attention import attend
-from kernels.backends.triton.decoding import decode
+from kernels.backends.triton.decoding import decode, read
+from kernels.backends.triton.products import product
 from kernels.backends.triton.writing import write
 
-__all__ = ["attend", "decode", "write"]
+__all__ = ["attend", "decode", "product", "read", "write"]

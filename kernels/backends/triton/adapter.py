@@ -14,7 +14,17 @@ from kernels.tracing.partition import vary_like
 triton.knobs.nvidia.ptxas_blackwell = triton.knobs.nvidia.ptxas.path
 
 
-def call(kernel, *operands, outputs, programs, launch, architecture, aliases=None, **constants):
+def call(
+    kernel,
+    *operands,
+    outputs,
+    programs,
+    launch,
+    architecture,
+    aliases=None,
+    contract=True,
+    **constants,
+):
     """Launches a Triton kernel on arrays, from inside a traced function.
 
     Args:
@@ -27,6 +37,8 @@ def call(kernel, *operands, outputs, programs, launch, architecture, aliases=Non
         has them.
       architecture: ten times the compute capability, or `launches.INTERPRETER`.
       aliases: {operand: output}, for those that share a buffer; only arrays are counted.
+      contract: whether a product and the sum that it feeds may become one instruction, which rounds
+        once; where they do is for the compiler to say.
       **constants: the kernel's compile-time constants.
 
     Returns:
@@ -43,6 +55,7 @@ def call(kernel, *operands, outputs, programs, launch, architecture, aliases=Non
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         compute_capability=architecture,
+        enable_fp_fusion=contract,
         input_output_aliases=aliases,
         **{name: size for name, size in tiles.items() if name in kernel.arg_names},
         **constants,

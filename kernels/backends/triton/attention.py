@@ -1,15 +1,15 @@
 """The differentiable op: attention by position, forward and backward in Triton."""
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from kernels.backends.triton import splitting
 from kernels.backends.triton.adapter import call
 from kernels.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
 from kernels.backends.triton.forward_kernel import forward_kernel
-from kernels.backends.triton.launches import MULTIPLE, launch, precision, width
+from kernels.backends.triton.launches import MULTIPLE, launch, score_constants
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import foldable, vary_like
@@ -34,7 +34,7 @@ def attend(
         Products are in the narrower of the dtypes of q and keys.
       where: which keys each query reads.
       shared: the sinks and the slopes of ALiBi.
-      options: scale, window and soft cap.
+      options: scale, window, soft cap, and whether bits must be equal.
       on: the architecture to compile for, ten times the compute capability; if None, that of
         `kernels.tracing.target.architecture`.
 
@@ -47,6 +47,8 @@ def attend(
       NotImplementedError: the head size, dtype or architecture is not in the table of launches.
     """
     B, _, N, _ = q.shape
+    if options.exact:
+        check_exact(q, keys, values, where)
     dtype = q.dtype if q.dtype.itemsize < keys.dtype.itemsize else keys.dtype
 
     def rows(x):
@@ -61,6 +63,18 @@ def attend(
     operands = vary_like(operands, operands)
     z, lse = _attend(options, architecture() if on is None else on, *operands)
     return z[..., : values.shape[3]].astype(q.dtype), lse.swapaxes(1, 2)
+
+
+def check_exact(q, keys, values, where: Where):
+    """Raises NotImplementedError where not every way to read a block would have the same bits."""
+    if where.kv_positions is not None:
+        raise NotImplementedError("exact numerics have no positions of keys.")
+    if q.dtype != keys.dtype or (keys.shape[-1] | values.shape[-1]) % MULTIPLE:
+        raise NotImplementedError(
+            f"exact numerics want queries of the blocks' dtype, and heads of a multiple of "
+            f"{MULTIPLE} numbers; got {q.dtype} and {keys.dtype}, heads of {keys.shape[-1]} and "
+            f"{values.shape[-1]}."
+        )
 
 
 def _whole(x, dtype):
@@ -83,23 +97,6 @@ def _attend_fwd(options, on, moving, fixed):
     return (z, lse), ((*moving, *fixed), z, lse)
 
 
-def score_constants(options, on, head_size, value_size, dtype, alibi):
-    """The constants that all kernels share: the sizes of a head and how a score is made."""
-    plain = options.soft_cap is None and alibi is None
-    return {
-        "H": head_size,
-        "WIDTH": width(head_size),
-        "HV": value_size,
-        "VALUE_WIDTH": width(value_size),
-        "PRECISION": precision(on, max(head_size, value_size), dtype),
-        "SCALE": options.scale,
-        "WINDOW": options.window,
-        "SOFT_CAP": options.soft_cap,
-        "UNIT": math.log2(math.e) * (options.scale if plain else 1),
-        "HAS_ALIBI": alibi is not None,
-    }
-
-
 def _constants(options, on, q, keys, values, kv_positions, q_starts, alibi):
     return score_constants(options, on, q.shape[3], values.shape[3], q.dtype, alibi) | {
         "N": q.shape[2],
@@ -112,6 +109,9 @@ def _constants(options, on, q, keys, values, kv_positions, q_starts, alibi):
 def _forward(options, on, q, keys, values, sinks, q_positions, kv_positions, q_starts, alibi):
     """Returns z [B, T, N, HV] and the log-sum-exp [B, N, T]."""
     B, T, N, H = q.shape
+    if options.exact or (T <= splitting.FEW and kv_positions is None):
+        operands = q, keys, values, None, sinks, q_positions, q_starts, alibi
+        return splitting.read(options, on, *operands)
     HV = values.shape[3]
     tile = launch("forward", on, max(H, HV), q.dtype)
     z, lse = call(

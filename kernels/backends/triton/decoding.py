@@ -1,15 +1,26 @@
 """The instruction for one token of each sequence: write one cell, read the cells up to it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
 from kernels.backends.triton.adapter import call
-from kernels.backends.triton.attention import score_constants
+from kernels.backends.triton.attention import check_exact
 from kernels.backends.triton.decode_kernels import combine_kernel, decode_kernel
-from kernels.backends.triton.launches import MULTIPLE, launch, power_of_two, split_size, width
+from kernels.backends.triton.launches import (
+    MULTIPLE,
+    launch,
+    power_of_two,
+    score_constants,
+    split_size,
+    width,
+)
+from kernels.backends.triton.splitting import read as read_splits
+from kernels.backends.triton.writing import write_one
 from kernels.blocks import Blocks
 from kernels.cells import is_ring
-from kernels.operands import Shared
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import split_by_rows_and_heads
 from kernels.tracing.target import architecture
@@ -51,12 +62,14 @@ def decode(
     """
     on = architecture() if on is None else on
     (keys, values), (k, v), layer = blocks.arrays, cell, blocks.layer
-    if keys.shape[-1] % MULTIPLE or values.shape[-1] % MULTIPLE:
-        raise NotImplementedError(
-            f"heads of {keys.shape[-1]} and {values.shape[-1]} numbers cannot be read in place: "
-            f"both sizes must be multiples of {MULTIPLE}."
-        )
-    block = "b" * blocks.batched + "l" * (layer is not None) + "ksh"
+    _check_in_place(keys, values)
+    if options.exact:
+        check_exact(q, keys, values, Where(i))
+        S = keys.shape[-2]
+        cells = jnp.where(i < 0, -1, i % S) if is_ring(options, S) else i
+        written = replace(blocks, arrays=write_one(blocks, cells[:, 0], cell, on))
+        return written.arrays, read(written, i, q, shared, options=options, on=on)
+    block = _axes(blocks)
     operands = {
         "q": (q, "btnh"),
         "k": (k, "btkh"),
@@ -72,6 +85,48 @@ def decode(
     step = lambda *arrays: _step(options, on, **dict(zip(operands, arrays, strict=True)))
     keys, values, z = split_by_rows_and_heads(step, arrays, axes, (block, block, "btnh"))
     return (keys, values), z
+
+
+def read(blocks: Blocks, i, q, shared: Shared, *, options: Options, on: int | None = None):
+    """`kernels.write_read.read`: the blocks are read where they lie.
+
+    Args and raises as in `decode`.
+    """
+    on = architecture() if on is None else on
+    keys, values = blocks.arrays
+    _check_in_place(keys, values)
+    B, _, N, _ = q.shape
+    heads = lambda x: None if x is None else jnp.broadcast_to(x.astype(jnp.float32), (B, N))
+    operands = {
+        "q": (q.astype(keys.dtype), "btnh"),
+        "keys": (keys, _axes(blocks)),
+        "values": (values, _axes(blocks)),
+        "layer": (None if blocks.layer is None else jnp.asarray(blocks.layer, jnp.int32), ""),
+        "sinks": (heads(shared.sinks), "bn"),
+        "q_positions": (jnp.broadcast_to(i.astype(jnp.int32), (B, 1)), "bt"),
+        "alibi": (heads(shared.alibi), "bn"),
+    }
+    ring = is_ring(options, keys.shape[-2])
+
+    def step(*arrays):
+        named = dict(zip(operands, arrays, strict=True))
+        return read_splits(options, on, **named, q_starts=None, ring=ring)[:1]
+
+    arrays, axes = zip(*operands.values(), strict=True)
+    (z,) = split_by_rows_and_heads(step, arrays, axes, ("btnh",))
+    return z.astype(q.dtype)
+
+
+def _check_in_place(keys, values):
+    if keys.shape[-1] % MULTIPLE or values.shape[-1] % MULTIPLE:
+        raise NotImplementedError(
+            f"heads of {keys.shape[-1]} and {values.shape[-1]} numbers cannot be read in place: "
+            f"both sizes must be multiples of {MULTIPLE}."
+        )
+
+
+def _axes(blocks):
+    return "b" * blocks.batched + "l" * (blocks.layer is not None) + "ksh"
 
 
 def _step(options, on, q, k, v, keys, values, layer, cells, sinks, alibi):

@@ -1,4 +1,7 @@
-"""Flash attention, forward (Dao, arXiv:2307.08691): one program per tile of queries of one head."""
+"""Flash attention, forward (Dao, arXiv:2307.08691): one program per tile of queries of one head.
+
+What reads tiles of keys, and what makes a result of the sums, serve `split_kernels` too.
+"""
 
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ from kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def _read(
+def read_tiles(
     state,
     query,
     slope,
@@ -34,22 +37,31 @@ def _read(
     UNIT: tl.constexpr,
     HAS_KV_POSITIONS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    RING: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Runs the online softmax over the visible keys; state: (mixed, total, peak)."""
+    """Runs the online softmax over the visible keys; state: (mixed, total, peak).
+
+    intervals: the first and the last position that each row sees, and its own. In a RING position p
+    lies in cell p % S.
+    """
     mixed, total, peak = state
-    first, last = intervals
+    first, last, own = intervals
     span, full, hull = visible
     low, high = span
     lowest, highest = hull
     keys, values, kv_positions, S = block
     for start in range(low, high, BLOCK_N):
         cells = start + tl.arange(0, BLOCK_N)
-        positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
+        if RING:
+            positions = cells
+            cells = cells % S
+        else:
+            positions = key_positions(kv_positions, cells, S, HAS_KV_POSITIONS)
         inside = (positions >= lowest) & (positions <= highest)
         key = load_rows(keys, cells, H, inside, H, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        distance = last[:, None] - positions[None, :]
+        distance = own[:, None] - positions[None, :]
         s, _ = scores(products, distance, slope, SCALE, SOFT_CAP, HAS_ALIBI)
         if needs_mask(start, full, BLOCK_N):
             seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= last[:, None])
@@ -65,6 +77,21 @@ def _read(
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
         peak = new_peak
     return mixed, total, peak
+
+
+@triton.jit
+def finish(mixed, total, peak, sink, HAS_SINKS: tl.constexpr):
+    """What rows read, and their log-sum-exp; sink: the logits of the sinks."""
+    if HAS_SINKS:  # the sink joins where something is read, so that the rest is still known
+        sink = tl.where(total == 0, float("-inf"), sink * LOG2E)
+        new_peak = tl.maximum(peak, sink)
+        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - reference)
+        total = total * shrink + tl.exp2(sink - reference)
+        mixed *= shrink[:, None]
+        peak = new_peak
+    mixed /= tl.where(total == 0, 1.0, total)[:, None]
+    return mixed, (peak + tl.log2(total)) * LN2
 
 
 @triton.jit
@@ -126,11 +153,11 @@ def forward_kernel(
     mixed = tl.full([BLOCK_M, VALUE_WIDTH], 0.0, tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
-    mixed, total, peak = _read(
+    mixed, total, peak = read_tiles(
         (mixed, total, peak),
         query,
         slope,
-        (first, last),
+        (first, last, last),
         visible,
         block,
         H=H,
@@ -143,16 +170,12 @@ def forward_kernel(
         UNIT=UNIT,
         HAS_KV_POSITIONS=HAS_KV_POSITIONS,
         HAS_ALIBI=HAS_ALIBI,
+        RING=False,
         BLOCK_N=BLOCK_N,
     )
-    if HAS_SINKS:  # the sink joins where something is read, so that the rest is still known
-        sink = tl.where(total == 0, float("-inf"), tl.load(sinks + head) * LOG2E)
-        new_peak = tl.maximum(peak, sink)
-        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink = tl.exp2(peak - reference)
-        total = total * shrink + tl.exp2(sink - reference)
-        mixed *= shrink[:, None]
-        peak = new_peak
-    mixed /= tl.where(total == 0, 1.0, total)[:, None]
+    sink = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head)
+    mixed, log_sum = finish(mixed, total, peak, sink, HAS_SINKS)
     store_rows(z, offsets, HV, inside, mixed, HV, VALUE_WIDTH)
-    tl.store(lse + head * T + rows, (peak + tl.log2(total)) * LN2, mask=inside)
+    tl.store(lse + head * T + rows, log_sum, mask=inside)

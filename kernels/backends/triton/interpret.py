@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import custom_partitioning_p
 from jax.interpreters import mlir
 from triton.runtime.jit import JITFunction
 
-from kernels.backends.triton import attention, decoding, writing
+from kernels.backends.triton import attention, decoding, products, writing
 from kernels.backends.triton.launches import INTERPRETER
 from kernels.tracing.target import platform
 
@@ -47,7 +47,9 @@ def _interpreted_op(op):
 
 attend = _interpreted_op(attention.attend)
 decode = _interpreted_op(decoding.decode)
+read = _interpreted_op(decoding.read)
 write = _interpreted_op(writing.write)
+product = _interpreted_op(products.product)
 
 _LOCK = threading.Lock()  # the interpreter keeps the current program in a global
 

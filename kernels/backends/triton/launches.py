@@ -6,6 +6,7 @@ next.
 
 import contextlib
 import contextvars
+import math
 from typing import NamedTuple
 
 import jax
@@ -74,8 +75,25 @@ def _kind(architecture, head_size, dtype):
     return bits(dtype) if fits else 8 * jnp.dtype(dtype).itemsize
 
 
+def score_constants(options, architecture, head_size, value_size, dtype, alibi):
+    """The constants that all kernels share: the sizes of a head and how a score is made."""
+    plain = options.soft_cap is None and alibi is None
+    return {
+        "H": head_size,
+        "WIDTH": width(head_size),
+        "HV": value_size,
+        "VALUE_WIDTH": width(value_size),
+        "PRECISION": precision(architecture, max(head_size, value_size), dtype),
+        "SCALE": options.scale,
+        "WINDOW": options.window,
+        "SOFT_CAP": options.soft_cap,
+        "UNIT": math.log2(math.e) * (options.scale if plain else 1),
+        "HAS_ALIBI": alibi is not None,
+    }
+
+
 def split_size(architecture: int, blocks: int, cells: int) -> int:
-    """How many cells one program of the decode kernel reads, of `blocks` blocks of `cells` cells.
+    """How many cells one program reads where cells are split, of `blocks` blocks of `cells` cells.
 
     The number is small, so that one sequence fills a GPU, but never so small that there are more
     programs than keep a GPU busy: each costs a part that the second kernel must merge.
@@ -87,7 +105,7 @@ def split_size(architecture: int, blocks: int, cells: int) -> int:
 
 
 def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
-    """The entry of the table for a kernel: forward, dq, dkdv, decode; or for combine and write.
+    """How a kernel is launched: as the table says for forward, dq, dkdv, split and decode.
 
     Raises:
       NotImplementedError: the table has no entry for the architecture, head size or dtype.
@@ -95,7 +113,7 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"triton kernels take float32, bfloat16, float16; got {dtype}.")
-    largest = LARGEST if kernel in ("forward", "dq", "dkdv") else LARGEST_DECODED
+    largest = LARGEST if kernel in ("forward", "dq", "dkdv", "split") else LARGEST_DECODED
     if head_size > largest:
         what = "for several tokens" if largest == LARGEST else "for one token"
         raise NotImplementedError(
@@ -128,13 +146,19 @@ def launch(kernel: str, architecture: int, head_size: int, dtype) -> Launch:
 _FAMILY = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 80}
 
 
-# What only moves data, or next to nothing.
-_ALWAYS = {"combine": Launch(1, 16, 4, 2), "write": Launch(16, 16, 4, 1)}
+# What only moves data, or next to nothing, and products in one order of sums.
+_ALWAYS = {
+    "combine": Launch(1, 16, 4, 2),
+    "merge": Launch(4, 16, 4, 2),
+    "write": Launch(16, 16, 4, 1),
+    "product": Launch(64, 64, 4, 3),
+}
 
 # Small tiles, unequal on purpose, so that small arrays have several of them.
 _INTERPRETED = {
     "forward": Launch(64, 128, 4, 1),
     "dq": Launch(64, 128, 4, 1),
     "dkdv": Launch(128, 64, 4, 1),
+    "split": Launch(32, 64, 4, 1),
     "decode": Launch(16, 64, 4, 1),
 }

@@ -16,6 +16,7 @@ import itertools
 import pathlib
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -29,7 +30,7 @@ from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.target import architecture as this_architecture
 
-KERNELS = ("forward", "dq", "dkdv", "decode")
+KERNELS = ("forward", "dq", "dkdv", "split", "decode")
 # Shared memory that one program can have, in bytes; the entries of 80 also serve 86, 89 and 120.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 TILES = (16, 32, 64, 128)
@@ -40,7 +41,8 @@ CALLS = 20  # timed together: one alone is mostly the time of starting it
 
 def candidates(kernel: str) -> list[Launch]:
     """Launches to try, the most promising first."""
-    keep_m = (16,) if kernel == "decode" else TILES  # its tile of queries is the group of heads
+    # Of decode the tile of queries is the group of heads; those of split are few.
+    keep_m = {"decode": (16,), "split": (64, 32, 16)}.get(kernel, TILES)
     every = itertools.product(keep_m, TILES, (8, 4), (3, 2, 1))
     return sorted((Launch(*c) for c in every), key=_promise, reverse=True)
 
@@ -125,6 +127,9 @@ def _program(kernel, dtype, width):
         return step, (blocks, blocks, new, new, q)
     q, block = array(B, LENGTH, N, width), array(B, K, LENGTH, width)
 
+    # Split in its larger form, in which a program merges all that it reads.
+    options = replace(options, exact=kernel == "split")
+
     def forward(q, keys, values, positions):
         return attend(q, keys, values, Where(positions), Shared(), options=options)[0]
 
@@ -132,7 +137,8 @@ def _program(kernel, dtype, width):
         z, pull = jax.vjp(partial(forward, positions=positions), q, keys, values)
         return pull(z)
 
-    return forward if kernel == "forward" else backward, (q, block, block, positions)
+    run = forward if kernel in ("forward", "split") else backward
+    return run, (q, block, block, positions)
 
 
 def render(entries: dict) -> str:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from kernels.backends.triton.adapter import call
 from kernels.backends.triton.launches import launch, width
 from kernels.backends.triton.write_kernel import write_kernel
+from kernels.blocks import Blocks
 from kernels.cells import write_transposed
 from kernels.tracing.linear import linear_call
-from kernels.tracing.partition import foldable
+from kernels.tracing.partition import foldable, split_by_rows_and_heads
 from kernels.tracing.target import architecture
 
 # As `kernels.tracing.partition` wants them: first the heads of the new cells, as "query heads".
@@ -43,18 +44,36 @@ def write(block, cells, new, *, on: int | None = None):
 
 def _run(on, cells, operands):
     block, new = operands
+    write = lambda new, block, cells: [_write(on, new, block, cells)]
     # As the tokens made them: what turned them around before is no operation any more.
-    (block,) = foldable(partial(_write, on), AXES, ("bksh",))(new.swapaxes(1, 2), block, cells)
+    (block,) = foldable(write, AXES, ("bksh",))(new.swapaxes(1, 2), block, cells)
     return block
 
 
-def _write(on, new, block, cells):
-    B, K, S, H = block.shape
-    T = cells.shape[1]
+def write_one(blocks: Blocks, cells, cell, on: int):
+    """Does what `kernels.cells.write_one` does, for blocks [K, S, H].
+
+    on: as in `write`.
+    """
+    axes = "b" * blocks.batched + "l" * (blocks.layer is not None) + "ksh"
+    cells = jnp.broadcast_to(cells, (len(cell[0]),))[:, None]
+
+    def one(block, new):
+        write = lambda new, block, cells, layer: [_write(on, new, block, cells, layer)]
+        operands = new.astype(block.dtype), block, cells, blocks.layer
+        return split_by_rows_and_heads(write, operands, ("btnh", axes, "bt", ""), (axes,))[0]
+
+    return tuple(map(one, blocks.arrays, cell))
+
+
+def _write(on, new, block, cells, layer=None):
+    *_, K, S, H = block.shape
+    B, T = cells.shape
     tile = launch("write", on, H, block.dtype)
-    return call(
+    (block,) = call(
         write_kernel,
         block,
+        jnp.int32(0) if layer is None else layer,
         cells,
         new,
         S,
@@ -64,7 +83,9 @@ def _write(on, new, block, cells):
         launch=tile,
         architecture=on,
         aliases={0: 0},
+        L=1 if layer is None else block.shape[-4],
         K=K,
         H=H,
         WIDTH=width(H),
     )
+    return block

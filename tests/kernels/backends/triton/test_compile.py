@@ -18,7 +18,7 @@ from kernels.options import Options
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[test]")
 pytest.importorskip("jax_triton", reason="jax-triton does not import", exc_type=ImportError)
 
-from kernels.backends.triton import attend, decode, search, table, write
+from kernels.backends.triton import attend, decode, product, search, table, write
 from kernels.backends.triton.launches import Launch, launch, split_size
 from kernels.backends.triton.resources import array_shapes, compiled, instructions, lower
 
@@ -50,6 +50,20 @@ def lower_training(architecture, H, dtype, HV=None, T=T, alibi=None, **choices):
     values = array(B, K, T, HV or H, dtype=dtype)
     arrays = (q, keys, values, array(B, T), array(B, T), alibi)
     return lower(gradients, *arrays, architecture=architecture)
+
+
+def lower_reading(architecture, H, dtype, T, exact):
+    """Attention with the cells split."""
+    options = Options(H**-0.5, exact=exact)
+    read = lambda q, k, v, i: attend(q, k, v, Where(i), Shared(), options=options)
+    block = array(B, K, 8192, H, dtype=dtype)
+    arrays = array(B, T, N, H, dtype=dtype), block, block, array(B, T)
+    return lower(read, *arrays, architecture=architecture)
+
+
+def lower_product(architecture, dtype):
+    x, w = array(300, 768, dtype=dtype), array(768, 1000, dtype=dtype)
+    return lower(product, x, w, architecture=architecture)
 
 
 def lower_write(architecture, H, dtype):
@@ -100,14 +114,19 @@ def test_shipped_kernels_fit(architecture, dtype, H, report):
     kernels = compiled(lower_training(architecture, H, dtype))
     kernels += compiled(lower_decode(architecture, H, dtype))
     kernels += compiled(lower_write(architecture, H, dtype))
+    for queries, exact in ((16, False), (T, True)):
+        kernels += compiled(lower_reading(architecture, H, dtype, queries, exact))
+    kernels += compiled(lower_product(architecture, dtype))
     report(kernels, H, dtype)
     names = ["forward", "dq", "dkdv", "decode", "combine", "write"]
+    names += ["split", "merge", "split", "product"]
     assert [kernel.name for kernel in kernels] == [f"{name}_kernel" for name in names]
     for kernel in kernels:
         assert search.misfit(kernel, dtype) is None, kernel.name
         assert kernel.ptx_version <= 8.8, kernel.name
         assert kernel.registers * 32 * kernel.num_warps <= 65536, kernel.name
     if architecture == 90 and dtype == "bfloat16":
+        assert all(instructions(kernel)["HGMMA"] for kernel in kernels[6::2])  # split, product
         # At 256 the two gradients of a tile of 64 keys would not fit the registers.
         assert instructions(kernels[2])["HGMMA"] or H == 256
 
@@ -138,6 +157,8 @@ def test_float32_as_jax_multiplies_it(architecture, H, report):
     with jax.default_matmul_precision("default"):
         kernels = compiled(lower_training(architecture, H, "float32"))
         kernels += compiled(lower_decode(architecture, H, "float32"))
+        kernels += compiled(lower_reading(architecture, H, "float32", T, True))
+        kernels += compiled(lower_product(architecture, "float32"))
         report(kernels, H, "tf32")
         for kernel in kernels:
             assert search.misfit(kernel, "float32") is None, kernel.name
