@@ -20,7 +20,7 @@ from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.write_read import chunk, decode
 
-BACKENDS = ("triton", "cudnn", "splash", "xla")
+BACKENDS = ("triton", "cudnn", "tokamax", "splash", "xla")
 CHECKED = 64  # queries that float64 looks at: all keys of each, but no array of all by all
 
 
