@@ -6,7 +6,7 @@ DEMO := runs/demo
 # cores have, since some tests wait for other processes.
 WORKERS ?= 3
 
-.PHONY: demo demo-smollm2 test gpu-compile gpu-check lint docs clean
+.PHONY: demo demo-smollm2 test gpu-compile gpu-check gpu-here lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=$(DEMO)
@@ -31,9 +31,13 @@ gpu-compile: build/cuda/installed
 	PYTHONPATH=build/cuda JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/kernels/test_whole_programs.py
 
 # The first minutes on a machine with one GPU: checks and figures, as JSON and plots in runs/gpu.
-gpu-check: .venv/gpu-installed
+gpu-check: gpu-here .venv/gpu-installed
 	$(BIN)/python -m experiments.gpu_check --out=runs/gpu
 	$(BIN)/python -m pytest -n 0 tests/kernels -k "triton and not interpret"
+
+gpu-here:
+	@test -e /dev/nvidiactl || test -e /dev/dxg || { echo "there is no NVIDIA GPU on this machine; \
+	make gpu-compile compiles for one that is not there." >&2; exit 1; }
 
 build/cuda/installed: .venv/tests-installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target=build/cuda \
@@ -67,7 +71,7 @@ clean:
 	touch $@
 
 .venv/gpu-installed: .venv/tests-installed
-	$(BIN)/python -m pip install --quiet --editable '.[cuda,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[cuda,tokamax,test]'
 	touch $@
 
 .venv/docs-installed: .venv/installed

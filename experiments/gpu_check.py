@@ -5,7 +5,9 @@ command buffers (CUDA graphs) off, as they are by default, and around the whole 
 in which every file has the name of the device: `checks` and the figures as JSON, the plots as PNG.
 Ends with status 1 if a check failed; the figures are then not taken.
 
-    python -m experiments.gpu_check --backend=xla --nofigures      on any device
+Where JAX sees no GPU it says so and ends with 1, too. On any device:
+
+    python -m experiments.gpu_check --backend=xla --nofigures
 """
 
 import importlib.metadata
@@ -48,11 +50,14 @@ def main(argv):
     about = {"device": device, "backend": _BACKEND.value, "versions": _versions()}
     print(f"{device}: " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()))
     found = []
-    with cli.user_errors(NotImplementedError):
+    try:
         for check in checks(_BACKEND.value):
             found.append(check)
             mark = "" if check.passed else f"  FAILED, at most {check.allowed:.1e}"
             print(f"{check.name}: {check.difference:.1e}{mark}", flush=True)
+    except NotImplementedError as error:
+        missing = "" if jax.default_backend() == "gpu" else f"JAX sees no GPU here, only {device}: "
+        cli.fail(f"{missing}{error}", status=1)
     about["checks"] = [check._asdict() | {"passed": check.passed} for check in found]
     with cli.user_errors(OSError, status=1):
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import attention
+from kernels.backends.choice import attend
 from kernels.blocks import Blocks
-from kernels.operands import Shared
+from kernels.exact.products import product
+from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.write_read import decode
 
@@ -35,7 +37,7 @@ class Check(NamedTuple):
         return self.difference <= self.allowed
 
 
-def checks(backend: str, lengths=(1, 65, 1056), repeats: int = 200) -> Iterator[Check]:
+def checks(backend: str, lengths=(1, 33, 65, 1056), repeats: int = 200) -> Iterator[Check]:
     """All checks of a backend, with float32 multiplied as float32."""
     with jax.default_matmul_precision("highest"):
         for dtype in ALLOWED:
@@ -43,6 +45,7 @@ def checks(backend: str, lengths=(1, 65, 1056), repeats: int = 200) -> Iterator[
                 for packed in (False, True)[: 1 if length == 1 else 2]:
                     yield from _against_the_formula(backend, dtype, length, packed)
             yield from _steps_against_one_read(backend, dtype)
+            yield from _equal_bits(backend, dtype, lengths[-1])
         yield _repeats(backend, lengths[-1], repeats)
 
 
@@ -87,6 +90,36 @@ def _steps_against_one_read(backend, dtype, steps=64):
     yield Check(f"{name}: z", _difference(jnp.concatenate(made, 1), whole), ALLOWED[dtype])
     moved = [x.unsafe_buffer_pointer() for x in block] != places
     yield Check(f"{name}: blocks that moved", float(moved), 0)
+
+
+def _equal_bits(backend, dtype, T):
+    """In exact numerics, rows of products and queries that run beside fewer others than T."""
+    q, k, v, _ = (x.astype(dtype) for x in _normal(T, HEADS, KV_HEADS, KV_HEADS, HEADS))
+    x = k.reshape(T, -1)
+    w = x.T
+    multiply = jax.jit(product)
+    whole = multiply(x, w)
+    for some in (slice(0, 1), slice(T // 2, T // 2 + 33)):
+        few = multiply(x[some], w)
+        yield _same_bits(f"{dtype}, {len(few)} of {T} rows of a product", few, whole[some])
+
+    options, positions = Options(SIZE**-0.5, exact=True), jnp.arange(T, dtype=jnp.int32)[None]
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    @jax.jit
+    def read(q, positions):
+        where = Where(positions)
+        return attend(backend, q, keys, values, where, Shared(), options=options)[0]
+
+    whole = read(q, positions)
+    for some in (slice(T - 1, T), slice(T // 2, T // 2 + 33)):
+        few = read(q[:, some], positions[:, some])
+        yield _same_bits(f"{dtype}, {few.shape[1]} of {T} queries", few, whole[:, some])
+
+
+def _same_bits(name, some, whole):
+    differ = float((some != whole).mean())
+    return Check(f"exact, {name}: share that differs", differ, 0)
 
 
 def _repeats(backend, T, repeats):
