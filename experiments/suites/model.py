@@ -17,6 +17,7 @@ from transformer.config import Config
 from transformer.data.batches import Batch
 from transformer.inference.decode import capacity_for
 from transformer.inference.generate import generate as complete
+from transformer.inference.prepare import lay_out_params
 from transformer.modes.schedule import run
 from transformer.program.init import init_cache, init_params
 from transformer.program.params import Params
@@ -179,11 +180,12 @@ def _decode(subject, params, case, batch, size, start):
 
         return jax.lax.scan(step, (cache, token), start + jnp.arange(NEW))[0]
 
+    moved = NEW * _step_bytes(config, params, batch, start + NEW // 2)
+    params = lay_out_params(params, batch, f.numerics)
     state = init_cache(config, size), _tokens(config, 1)[0]
     if batch > 1:
         generate = jax.vmap(generate, in_axes=(None, 0, 0))
         state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)).copy(), state)
-    moved = NEW * _step_bytes(config, params, batch, start + NEW // 2)
     flops = batch * NEW * flops_per_token(config, start) / 3
     program_, seconds = compiled(generate, params, *state, donate=(1, 2))
 

@@ -1,9 +1,10 @@
 """Attention by position in one order of sums: a query reads the same bits whatever runs beside it.
 
-The softmax takes two passes over the cells. The first finds the largest score, which has no order;
-the second adds up tile after tile of `TILE` cells, where tiles begin at multiples of their size
-from the query's first position on. Within a tile the sum is a chain, in which cells that a query
-does not see are zeros that change nothing: the size of the block and how it is cut do not matter.
+The softmax takes two passes over the cells. The first writes the scores down and finds the largest,
+which has no order; the second adds up tile after tile of `TILE` cells, where tiles begin at
+multiples of their size from the query's first position on. In a tile values are summed in a chain,
+in which cells that a query does not see are zeros that change nothing, and weights in a tree over
+the places of the tile: the size of the block and how it is cut do not matter.
 """
 
 import functools
@@ -12,15 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from kernels.blocks import Blocks
+from kernels.exact.functions import exp
 from kernels.exact.order import COLUMNS
 from kernels.exact.products import batched
-from kernels.exact.sums import rounded
+from kernels.exact.sums import rounded, total
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
 
 TILE = 256
-ROWS = 256  # queries times heads that share a key
+ROWS = 256  # queries times heads that share a key, at most; of long blocks fewer, but not
+FEWEST_ROWS = 64  # fewer than so many
+STORED = 2**22  # scores of a sequence that are kept at a time, if there may be so few
+_FEW, _TILES_OF_FEW = 16, 4  # so few rows take several tiles at once, as one product
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _FAR = jnp.iinfo(jnp.int32).max
 
@@ -31,7 +36,8 @@ def forward(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     K = blocks.arrays[0].shape[-3]
     dtype = q.dtype
     q = rounded(q.astype(jnp.promote_types(dtype, jnp.float32)) * options.scale)
-    size = min(T, max(1, ROWS * K // N))
+    rows = min(ROWS, max(FEWEST_ROWS, STORED // (K * blocks.arrays[0].shape[-2])))
+    size = min(T, max(1, rows * K // N))
     tiled = functools.partial(_tiles, size=size)
     # [tiles, B, K, t, G, H]
     grouped = jnp.moveaxis(tiled(q).reshape(-1, B, size, K, N // K, H), 3, 2)
@@ -58,66 +64,100 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
     """One tile of queries: q [B, K, t, G, H], positions and starts [B or 1, t] -> (z, lse)."""
     B, K, t, G, _ = q.shape
     S, Hv = blocks.arrays[1].shape[-2:]
-    size = min(S, TILE)
+    size = _step(S, t * G if starts is None else ROWS)
+    aligned = starts is None and S % size == 0
     heads = lambda x: x.astype(q.dtype).reshape(1, K, 1, G)
-    first = jnp.zeros_like(positions) if starts is None else starts
-    seen = first
+    seen = jnp.zeros_like(positions) if starts is None else starts
     if options.window is not None:
-        seen = jnp.maximum(first, positions - options.window + 1)
+        seen = jnp.maximum(seen, positions - options.window + 1)
 
-    def scores(begin):
-        """The tile of cells from `begin` on: scores [B, K, t, G, size'], visible, values."""
-        at = jnp.clip(begin, 0, S - size)
-        key, value = (x.astype(q.dtype) for x in blocks.tile(at, size))
-        short = -size % COLUMNS
-        key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in (key, value))
-        cells = at + jnp.arange(size + short)
-        held = cells[None]
+    def tile(at):
+        """So many cells from `at` on: keys and values, filled up to a number of columns."""
+        fill = ((0, 0), (0, 0), (0, -size % COLUMNS), (0, 0))
+        return [jnp.pad(x.astype(q.dtype), fill) for x in blocks.tile(at, size)]
+
+    def scores(at):
+        """Of the cells from `at` on: [B, K, t, G, size], `_MASKED` where a query does not see."""
+        held = at + jnp.arange(size)[None]
         if kv_positions is not None:
             held = jax.lax.dynamic_slice_in_dim(kv_positions, at, size, 1)
-            held = jnp.pad(held, ((0, 0), (0, short)), constant_values=-1)
-        real = (positions >= 0)[:, :, None] & (held >= 0)[:, None]
         distance = positions[:, :, None] - held[:, None]
-        visible = real & (distance >= 0) & (held[:, None] >= seen[:, :, None])
-        visible &= (cells >= begin) & (cells < begin + TILE) & (cells < at + size)
-        result = _product(q, key, turned=True)
+        visible = (positions >= 0)[:, :, None] & (held >= 0)[:, None]
+        visible &= (distance >= 0) & (held[:, None] >= seen[:, :, None])
+        result = _product(q, tile(at)[0], turned=True)[..., :size]
         if options.soft_cap is not None:
             result = rounded(options.soft_cap * jnp.tanh(result / options.soft_cap))
         if shared.alibi is not None:
             slopes = heads(shared.alibi)[..., None]
             result = result - rounded(slopes * distance[:, None, :, None].astype(result.dtype))
-        return result, visible[:, None, :, None], value
+        return jnp.where(visible[:, None, :, None], result, _MASKED)
 
-    def highest(begin, peak):
-        result, visible, _ = scores(begin)
-        return jnp.maximum(peak, jnp.where(visible, result, _MASKED).max(-1))
+    def store(begin, stored):
+        at = jnp.minimum(begin, S - size)
+        return jax.lax.dynamic_update_slice_in_dim(stored, scores(at), at, -1)
 
-    peak = jnp.full((B, K, t, G), _MASKED, q.dtype)
+    loop = functools.partial(_loop, positions, seen, S, size, kv_positions is not None)
+    if size == S:
+        stored = scores(0)
+    else:
+        stored = jnp.full((B, K, t, G, S), _MASKED, q.dtype)
+        stored = loop(store, vary_like(stored, q))
+    peak = stored.max(-1)
     if shared.sinks is not None:
         peak = jnp.maximum(peak, heads(shared.sinks))
-    loop = functools.partial(_loop, positions, seen, S, kv_positions is not None)
-    peak = loop(highest, vary_like(peak, q))
 
     def add(begin, sums, mine=True):
-        total, mixed = sums
-        result, visible, value = scores(begin)
-        weights = jnp.where(visible & mine, jnp.exp(result - peak[..., None]), 0)
-        ones = jnp.ones((1, weights.shape[-1], COLUMNS), weights.dtype)
-        part = batched(weights.reshape(1, -1, weights.shape[-1]), ones)[0, :, 0]
-        return total + part.reshape(total.shape), mixed + _product(weights, value)
+        at = jnp.clip(begin, 0, S - size)
+        score = jax.lax.dynamic_slice_in_dim(stored, at, size, -1)
+        weights = jnp.where(score == _MASKED, 0, exp(score - peak[..., None]))
+        if not aligned:
+            cells = at + jnp.arange(size)
+            weights = jnp.where((cells >= begin) & (cells < begin + size) & mine, weights, 0)
+        mixed = _mix(weights, tile(at)[1])
+        if not aligned:
+            weights = jnp.roll(weights, at - begin, -1)  # the place in its tile, not in the block
+        of_tiles = total(_tiled(weights))
+        for n in range(of_tiles.shape[-1]):
+            sums = sums[0] + of_tiles[..., n], sums[1] + mixed[..., n, :]
+        return sums
 
     sums = jnp.zeros((B, K, t, G), q.dtype), jnp.zeros((B, K, t, G, Hv), q.dtype)
     sums = vary_like(sums, q)
-    if starts is None:
-        total, mixed = loop(add, sums)
+    if starts is not None:
+        sums = _documents(add, sums, positions, starts, seen)
     else:
-        total, mixed = _documents(add, sums, positions, starts, seen)
-    empty = total == 0
+        sums = add(0, sums) if size == S else loop(add, sums)
+    whole, mixed = sums
+    empty = whole == 0
     if shared.sinks is not None:
-        total = total + jnp.exp(heads(shared.sinks) - peak)
-    total = jnp.where(empty, 1, total)
-    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
-    return mixed / total[..., None], lse
+        whole = whole + exp(heads(shared.sinks) - peak)
+    whole = jnp.where(empty, 1, whole)
+    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(whole))
+    return mixed / whole[..., None], lse
+
+
+def _step(S, rows):
+    """How many of S cells are read at once: one tile, or several whole ones for few rows."""
+    most = _TILES_OF_FEW if rows <= _FEW else 1
+    return next((n * TILE for n in range(most, 1, -1) if S % (n * TILE) == 0), min(S, TILE))
+
+
+def _tiled(weights):
+    """[..., size] -> [..., tiles, TILE]"""
+    short = -weights.shape[-1] % TILE
+    weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, short)])
+    return weights.reshape(*weights.shape[:-1], -1, TILE)
+
+
+def _mix(weights, values):
+    """weights [B, K, t, G, size], values [B, K, size or more, Hv] -> [B, K, t, G, tiles, Hv]."""
+    B, K, t, G, size = weights.shape
+    tile = min(values.shape[2], TILE)
+    short = values.shape[2] - size
+    weights = jnp.pad(weights, [(0, 0)] * 4 + [(0, short)]).reshape(B, K, t * G, -1, tile)
+    values = values.reshape(-1, tile, values.shape[-1])
+    mixed = batched(jnp.moveaxis(weights, 3, 2).reshape(len(values), t * G, tile), values)
+    return jnp.moveaxis(mixed.reshape(B, K, -1, t, G, values.shape[-1]), 2, 4)
 
 
 def _product(x, w, turned=False):
@@ -127,15 +167,15 @@ def _product(x, w, turned=False):
     return y.reshape(B, K, t, G, -1)
 
 
-def _loop(positions, seen, S, anywhere, step, state):
+def _loop(positions, seen, S, size, anywhere, step, state):
     """`step(begin, state)` over the tiles of cells that some query sees, or all of them."""
     if anywhere:
-        first, stop = 0, -(-S // TILE)
+        first, stop = 0, -(-S // size)
     else:
         first = jnp.where(positions >= 0, seen, _FAR).min()
-        stop = jnp.minimum(jnp.maximum(positions, -1).max() // TILE + 1, -(-S // TILE))
-        first = jnp.minimum(jnp.maximum(first, 0) // TILE, stop)
-    return jax.lax.fori_loop(first, stop, lambda n, state: step(n * TILE, state), state)
+        stop = jnp.minimum(jnp.maximum(positions, -1).max() // size + 1, -(-S // size))
+        first = jnp.minimum(jnp.maximum(first, 0) // size, stop)
+    return jax.lax.fori_loop(first, stop, lambda n, state: step(n * size, state), state)
 
 
 def _documents(step, state, positions, starts, seen):

@@ -43,31 +43,35 @@ class Order(NamedTuple):
       many rows, which gives one order, if not one that is known.
     whole: whether the library cuts into these blocks by itself; it is given one block at a time
       otherwise.
+    by_output: from how many rows on the library has this order too where the matrix is stored as
+      [columns, terms]. 0: no such number has been found.
     """
 
     block: int
     whole: bool
+    by_output: int = 0
 
 
 def order(terms: int, columns: int, dtype) -> Order:
     """The order of x [M, terms] @ w [terms, columns], with M at least 64 and columns in 64s."""
     if target.platform() != jax.default_backend():  # traced for a device that is not there
         return Order(0, False)
-    found = _known("rows", (terms, columns, jnp.dtype(dtype).name), _find_order)
+    found = _known("product", (terms, columns, jnp.dtype(dtype).name), _find_order)
     if not found[0]:
         _say(terms, columns)
     return Order(*found)
 
 
-def few_rows(terms: int, columns: int, dtype) -> int:
+def few_rows(terms: int, columns: int, dtype, turned: bool) -> int:
     """From how many rows on each product of a batch sums all its terms in one chain.
 
-    The products are x [M, terms] @ w [terms, columns], where w lies as it is or transposed. 0: no
-    number of rows has been found.
+    The products are x [M, terms] @ w [terms, columns], where w is stored as [columns, terms] if
+    `turned`. 0: no number of rows has been found.
     """
     if target.platform() != jax.default_backend():
         return 0
-    return _known("batch", (terms, columns, jnp.dtype(dtype).name), _find_few_rows)
+    key = (terms, columns, jnp.dtype(dtype).name, turned)
+    return _known("batch", key, _find_few_rows)
 
 
 def chains(x, w, block: int):
@@ -102,13 +106,22 @@ def _find_order(terms, columns, dtype):
             if block <= max(BLOCKS) and _same(chains(x[rows], w[:, some], block), whole[:, some]):
                 one = agree_one_row(x[rows], w, block)
                 if _same(one, whole):
-                    return block, True
+                    return block, True, _find_by_output(x, w, np.asarray(product(x, w)))
     for block in BLOCKS[2:]:
         if block < terms:
             pieces = agree(lambda x, w, block=block: _pieces(product, x, w, block))
             if pieces is not None and _same(agree_one_row(x[rows], w, block), pieces):
-                return block, False
-    return 0, False
+                return block, False, 0
+    return 0, False, 0
+
+
+def _find_by_output(x, w, expected):
+    """From how many rows on a product with the matrix stored by output gives what is expected."""
+    stored, product = np.ascontiguousarray(w.T), jax.jit(lambda x, w: x @ w.T)
+    right = lambda m: _same(product(x[:m], stored), expected[:m])
+    tried = (2, 3, 16, 17, 33, *_CHECKED_ROWS)
+    found = (m for m in (2, 16, ROWS) if all(right(rows) for rows in tried if rows >= m))
+    return next(found, 0)
 
 
 def agree_one_row(x, w, block):
@@ -122,20 +135,15 @@ def _pieces(product, x, w, block):
     return functools.reduce(lambda a, b: np.asarray(a) + np.asarray(b), parts)
 
 
-def _find_few_rows(terms, columns, dtype):
+def _find_few_rows(terms, columns, dtype, turned):
     x, w = _numbers(dtype, (3, 2 * ROWS, terms), (3, terms, columns))
     expected = np.stack([chains(*pair, terms) for pair in zip(x[:, :ROWS], w, strict=True)])
-    plain = jax.jit(jnp.matmul)
-    turned = jax.jit(lambda x, w: jnp.einsum("bmk,bnk->bmn", x, w))
+    w = w.swapaxes(1, 2) if turned else w
+    product = jax.jit(lambda x, w: jnp.einsum("bmk,bnk->bmn" if turned else "bmk,bkn->bmn", x, w))
 
     def right(rows):
-        for batch in (1, 3):
-            a, b = x[:batch, :rows], w[:batch]
-            results = plain(a, b), turned(a, b.swapaxes(1, 2))
-            wanted = expected[:batch, :rows]
-            if not all(_same(y[:, :ROWS], wanted) for y in results):
-                return False
-        return True
+        products = (product(x[:batch, :rows], w[:batch])[:, :ROWS] for batch in (1, 3))
+        return all(_same(y, expected[: len(y), :rows]) for y in products)
 
     for rows in (2, 16, ROWS):
         if all(map(right, sorted({rows, rows + 1, 2 * ROWS} | {16, ROWS} - set(range(rows))))):

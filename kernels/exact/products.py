@@ -1,6 +1,7 @@
 """Products of matrices in one order of sums, whatever the number of rows; see `order`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,9 @@ def product(x, w):
     y = choice.product(x, w)
     if y is not None:
         return y
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    x, w = x.astype(wide), w.astype(wide)
+    x, w = _widened(x, w)
     (M, K), N = x.shape, w.shape[1]
-    w = jnp.pad(w, ((0, 0), (0, -N % COLUMNS)))
+    w = filled(w, 1)
     found = order(K, w.shape[1], x.dtype)
     if not found.block:
         y = _row_tiles(x, w)
@@ -35,15 +35,61 @@ def product(x, w):
     return rounded(y)[:M, :N]
 
 
+def product_by_output(x, w):
+    """`product` with a matrix that is stored as [N, K], of which few rows need no filling up."""
+    y = choice.product(x, w.T)
+    if y is not None:
+        return y
+    x, w = _widened(x, w)
+    (M, K), N = x.shape, w.shape[0]
+    w = filled(w, 0)
+    least = order(K, w.shape[0], x.dtype).by_output
+    if not least:
+        return product(x, w.T)[:, :N]
+    x = jnp.pad(x, ((0, max(least - M, 0)), (0, 0)))
+    return rounded(x @ w.T)[:M, :N]
+
+
+def product_of_parts(x, parts):
+    """`product` with a matrix in the parts of `blocks_of`, which one row takes as they are."""
+    if len(x) > 1 or len(parts) == 1:
+        return product(x, jnp.concatenate(parts))
+    x, *parts = _widened(x, *parts)
+    ends = itertools.accumulate(map(len, parts))
+    return _add([rounded(x[:, k - len(w) : k] @ w) for k, w in zip(ends, parts, strict=True)])
+
+
+def blocks_of(w):
+    """w [..., K, N] -> parts [..., k, N'], each of which is one chain of sums for one row."""
+    w = filled(w, -1)
+    K = w.shape[-2]
+    block = order(K, w.shape[-1], w.dtype).block or K
+    return [w[..., k : k + block, :] for k in range(0, K, block)]
+
+
+def filled(w, axis):
+    """w with zeros behind, so that along an axis it has as many columns as products take."""
+    short = -w.shape[axis] % COLUMNS
+    widths = [(0, 0)] * w.ndim
+    widths[axis] = (0, short)
+    return jnp.pad(w, widths)
+
+
+def _widened(*arrays):
+    wide = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    return [x.astype(wide) for x in arrays]
+
+
 def _one_row(x, w, block):
     K, N = w.shape
     if block >= K:
         return x @ w
-    if K % block:
-        return _in_blocks(x, w, block)
-    # As a batch, for which the matrix is not copied.
-    parts = jnp.einsum("nmk,nkf->nmf", x.reshape(-1, 1, block), w.reshape(-1, block, N))
-    return _add(rounded(parts))
+    if K % block == 0:  # as a batch, for which the matrix is not copied
+        parts = jnp.einsum("nmk,nkf->nmf", x.reshape(-1, 1, block), w.reshape(-1, block, N))
+        return _add(rounded(parts))
+    # A part of the matrix would be copied; with zeros for the terms of the others it is read whole.
+    place = jnp.arange(K) // block
+    return _add([rounded(jnp.where(place == n, x, 0) @ w) for n in range(-(-K // block))])
 
 
 def _in_blocks(x, w, block):
@@ -70,7 +116,7 @@ def batched(x, w, turned=False):
     """
     M, K = x.shape[1:]
     N = w.shape[1 if turned else 2]
-    w = jnp.pad(w, ((0, 0), (0, -N % COLUMNS * turned), (0, -N % COLUMNS * (not turned))))
+    w = filled(w, 1 if turned else 2)
     axis = 2 if turned else 1
     parts = []
     for k in range(0, K, MOST):
@@ -91,7 +137,7 @@ def _einsum(x, w, turned):
 
 
 def _batch(x, w, turned):
-    rows = few_rows(x.shape[2], w.shape[1 if turned else 2], x.dtype)
+    rows = few_rows(x.shape[2], w.shape[1 if turned else 2], x.dtype, turned)
     if rows:
         x = jnp.pad(x, ((0, 0), (0, max(rows - x.shape[1], 0)), (0, 0)))
         return rounded(_einsum(x, w, turned))

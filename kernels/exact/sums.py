@@ -25,17 +25,25 @@ def _rounded_jvp(primals, tangents):
     return rounded(*primals), tangents[0]
 
 
+_WAYS = 32  # terms of a node of the tree: few levels, since each is a loop of its own
+
+
 @jax.custom_jvp
 def total(x):
-    """The sum over the last axis as a tree: the second half is added to the first, and so on."""
+    """The sum over the last axis as a tree, of whose nodes each adds up `_WAYS` others in pairs."""
     x = rounded(x)
     while x.shape[-1] > 1:
-        half = -(-x.shape[-1] // 2)
-        rest = x[..., half:]
-        if x.shape[-1] % 2:
-            rest = jnp.pad(rest, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
-        x = x[..., :half] + rest
+        size = -(-x.shape[-1] // _WAYS)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
+        x = _in_pairs([x[..., n : n + size] for n in range(0, x.shape[-1], size)])
     return x[..., 0]
+
+
+def _in_pairs(terms):
+    while len(terms) > 1:
+        odd = terms[len(terms) // 2 * 2 :]
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
+    return terms[0]
 
 
 @total.defjvp

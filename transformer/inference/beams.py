@@ -10,9 +10,10 @@ import numpy as np
 
 from transformer.checks import whole_number
 from transformer.inference.completion import Completion, Writer
-from transformer.inference.decode import capacity_for, cast_params
+from transformer.inference.decode import capacity_for
 from transformer.inference.drawn import Drawn
 from transformer.inference.prefill import Prefill
+from transformer.inference.prepare import cast_params, lay_out_params
 from transformer.inference.prompts import prompt_tokens, stop_conditions
 from transformer.inference.sampling import keep_below
 from transformer.numerics.numerics import numerics_of
@@ -77,6 +78,7 @@ def beam_search(
     params = cast_params(config, model.params)
     prefill = Prefill(config, f, params, capacity_for(len(prompt) + max_new_tokens), [prompt])
     cache = prefill([prompt] * num_beams)
+    params = lay_out_params(params, num_beams, f.numerics)
     vocab_size = np.int32(tokenizer.vocab_size if tokenizer else config.vocab_size)
     parents, tokens = np.arange(num_beams), np.full(num_beams, prompt[-1], np.int32)
     # All beams are the prompt, so only the first may go on.

@@ -11,9 +11,10 @@ from transformer.config import Config
 from transformer.data.chat import render
 from transformer.inference.adjust import Written
 from transformer.inference.completion import Completion, Writer
-from transformer.inference.decode import State, capacity_for, cast_params, decode, stop_ids
+from transformer.inference.decode import State, capacity_for, decode, stop_ids
 from transformer.inference.options import Options
 from transformer.inference.prefill import chunk_size, empty_row
+from transformer.inference.prepare import cast_params
 from transformer.inference.prompts import prompt_keys, stop_conditions
 from transformer.modes.schedule import parallel
 from transformer.program.fit import check_params

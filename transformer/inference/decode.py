@@ -18,9 +18,6 @@ from transformer.inference.drawn import Drawn, Wanted, draw_token
 from transformer.inference.sampling import Sampling
 from transformer.memory.cache import Cache
 from transformer.numerics.numerics import numerics_of
-from transformer.numerics.quantised import is_quantised
-from transformer.program.experts import Experts
-from transformer.program.linear import Linear
 from transformer.program.params import Params
 
 MAX_STEPS = 32  # of generation in one call of compiled code
@@ -114,21 +111,6 @@ def stop_ids(tokens) -> np.ndarray:
     ids = np.full(_power_of_two(len(tokens), MIN_STOP_TOKENS), -1, np.int32)
     ids[: len(tokens)] = sorted(tokens)
     return ids
-
-
-def cast_params(config, params: Params) -> Params:
-    """Parameters in the type in which the program uses them, so that no step casts them again."""
-    return params if config.compute_dtype == jnp.float32 else _cast(config, params)
-
-
-@partial(jax.jit, static_argnames="config")
-def _cast(config, params: Params) -> Params:
-    to_dtype = lambda x: x if is_quantised(x) else x.astype(config.compute_dtype)
-    cast = partial(jax.tree.map, to_dtype, is_leaf=is_quantised)
-    matrices = (Linear, Experts)
-    is_matrix = lambda x: isinstance(x, matrices)
-    params = jax.tree.map(lambda x: cast(x) if is_matrix(x) else x, params, is_leaf=is_matrix)
-    return params.replace(embedding=cast(params.embedding))
 
 
 def _power_of_two(n, minimum):

@@ -1,5 +1,6 @@
 """The rows of a batch: sequences that run at once, and make room for others when they end."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -7,11 +8,13 @@ import jax
 import numpy as np
 
 from transformer.inference.adjust import Adjustments, Written
-from transformer.inference.decode import State, capacity_for, cast_params, decode, stop_ids
+from transformer.inference.decode import State, capacity_for, decode, stop_ids
 from transformer.inference.drawn import Drawn
 from transformer.inference.options import Options
 from transformer.inference.prefill import Prefill
+from transformer.inference.prepare import cast_params, lay_out_params
 from transformer.inference.prompts import prompt_keys
+from transformer.program.program import Program
 
 
 class Rows:
@@ -70,7 +73,7 @@ class Rows:
         """
         self.state, n, drawn = decode(
             self.f,
-            self.params,
+            self._laid_out,
             self.state,
             running,
             self.sampling,
@@ -86,6 +89,13 @@ class Rows:
         rows = np.flatnonzero(running).tolist()
         for step in range(n):
             yield from ((row, drawn.at(step, row)) for row in rows)
+
+    @functools.cached_property
+    def _laid_out(self):
+        """The parameters as decoding takes them; a program of a user's own has them as they are."""
+        if not isinstance(self.f, Program):
+            return self.params
+        return lay_out_params(self.params, self.size, self.f.numerics)
 
     def _begin(self, sequences):
         """The state of sequences whose prompts have been run."""

@@ -17,9 +17,10 @@ import numpy as np
 
 from transformer.checks import whole_number
 from transformer.config import Config
-from transformer.inference.decode import State, cast_params
+from transformer.inference.decode import State
 from transformer.inference.drawn import Drawn, draw_token
 from transformer.inference.prefill import Prefill
+from transformer.inference.prepare import cast_params
 from transformer.inference.rows import Rows, put_row
 from transformer.inference.sampling import sample
 from transformer.modes.schedule import parallel

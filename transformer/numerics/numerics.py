@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels.exact import sums
+from kernels.exact.functions import exp
 from transformer.numerics import log_softmax
+from transformer.numerics.layouts import ByOutput
+from transformer.numerics.matrix import is_matrix
 from transformer.numerics.products import exact_dot, exact_ragged_dot
-from transformer.numerics.quantised import is_quantised, quantised_dot
 
 NAMES = ("fast", "exact")
 
@@ -45,12 +47,18 @@ class Numerics:
 
     def dot(self, x, w):
         """x [K] @ w [K, N] -> [N], in the type of x."""
-        if is_quantised(w):
-            if not self.exact:
-                return quantised_dot(x, w)
-            w = w.dense()
+        if is_matrix(w):
+            return w.dot(x, self.exact)
         w = self.rounded(w.astype(x.dtype)) if w.dtype != x.dtype else w
         return exact_dot(x, w) if self.exact else x @ w
+
+    def dot_table(self, x, table):
+        """x [E] times the transpose of a table [V, E] -> [V], in the type of x."""
+        if is_matrix(table):
+            return table.T.dot(x, self.exact)
+        if self.exact:
+            return ByOutput(self.rounded(table.astype(x.dtype)), len(table)).dot(x, exact=True)
+        return self.dot(x, table.T)  # width first: vmap then needs no transpose
 
     def ragged_dot(self, x, w, sizes):
         """Rows [M, K] sorted by group, times the matrix of each, w [X, K, N]; sizes [X]."""
@@ -69,7 +77,7 @@ class Numerics:
         """Over the last axis."""
         if not self.exact:
             return jax.nn.softmax(x)
-        powers = jnp.exp(x - x.max(-1, keepdims=True))
+        powers = exp(x - x.max(-1, keepdims=True))
         return powers / sums.total(powers)[..., None]
 
     def mean(self, x):

@@ -1,41 +1,67 @@
-"""A token's product with a matrix, whose bits do not depend on the tokens that run beside it."""
+"""A token's product with a matrix, as primitives that see how many tokens run beside it."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from kernels.exact.products import grouped, product
 from kernels.exact.sums import rounded
 from kernels.tracing import primitive
 
 
+def define(name: str, run: Callable, jvp: Callable | None = None) -> core.Primitive:
+    """Makes a primitive of products, with x [M, K] as its first operand and [[M, N]] as results.
+
+    Mapped tokens become rows; products with several matrices run one after the other.
+
+    Args:
+      name, jvp: as in `primitive.define`.
+      run: `run(x, *w, **static) -> [y]`, where w are arrays that make up the matrix.
+    """
+
+    def batch(axis, operands, dims, **static):
+        x, *w = operands = [
+            operand if dim is None else jnp.moveaxis(operand, dim, 0)
+            for operand, dim in zip(operands, dims, strict=True)
+        ]
+        if all(dim is None for dim in dims):
+            return made.bind(*operands, **static), [None]
+        if all(dim is None for dim in dims[1:]):
+            [y] = made.bind(x.reshape(-1, x.shape[-1]), *w, **static)
+            return [y.reshape(axis.size, -1, y.shape[-1])], [0]
+        mapped = [n for n, dim in enumerate(dims) if dim is not None]
+
+        def one(parts):
+            given = list(operands)
+            for n, part in zip(mapped, parts, strict=True):
+                given[n] = part
+            return made.bind(*given, **static)[0]
+
+        return [jax.lax.map(one, [operands[n] for n in mapped])], [0]
+
+    made = primitive.define(name, run, batch, jvp)
+    return made
+
+
 def exact_dot(x, w):
     """x [K] @ w [K, N] -> [N]; narrow types are multiplied and summed in float32.
 
-    A primitive, which sees how many tokens `vmap` maps. Its derivatives are those of a plain
+    Its bits do not depend on the tokens that run beside it. Its derivatives are those of a plain
     product.
     """
     return exact_dot_p.bind(x[None], w)[0][0]
 
 
+def exact_run(product, x, *w):
+    """`product(x, *w)` of x [M, K], rounded to the type of x."""
+    return [rounded(product(rounded(x), *w).astype(x.dtype))]
+
+
 def _run(x, w):
     """x [M, K], w [K, N] -> [[M, N]]."""
-    return [rounded(product(rounded(x), w).astype(x.dtype))]
-
-
-def _batch(axis, operands, dims):
-    """Mapped tokens become rows; products with several matrices run one after the other."""
-    (x, w), (x_dim, w_dim) = operands, dims
-    if x_dim is None and w_dim is None:
-        return exact_dot_p.bind(x, w), [None]
-    if w_dim is not None:
-        w = jnp.moveaxis(w, w_dim, 0)
-        if x_dim is None:
-            return [jax.lax.map(lambda w: exact_dot_p.bind(x, w)[0], w)], [0]
-        pairs = jnp.moveaxis(x, x_dim, 0), w
-        return [jax.lax.map(lambda pair: exact_dot_p.bind(*pair)[0], pairs)], [0]
-    x = jnp.moveaxis(x, x_dim, 0)
-    [y] = exact_dot_p.bind(x.reshape(-1, x.shape[-1]), w)
-    return [y.reshape(axis.size, -1, y.shape[-1])], [0]
+    return exact_run(product, x, w)
 
 
 def _jvp(fun, primals, moving, tangents):
@@ -48,7 +74,7 @@ def _jvp(fun, primals, moving, tangents):
     return exact_dot_p.bind(x, w), [sum(terms[1:], terms[0])]
 
 
-exact_dot_p = primitive.define("exact_dot", _run, _batch, _jvp)
+exact_dot_p = define("exact_dot", _run, _jvp)
 
 
 @jax.custom_jvp

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kernels.tracing import primitive
+from kernels.exact.sums import rounded
+from transformer.numerics.matrix import Matrix, row
+from transformer.numerics.products import define, exact_dot
 
 GROUP = 64  # numbers that share a scale, at most
 _FEWEST = 16  # numbers for which a scale is worth its four bytes
@@ -15,8 +17,8 @@ _TILE = 768  # rows of a table that are floats at a time
 
 
 @struct.dataclass
-class Quantised:
-    """A matrix that stands where an array of floats could: its numbers are values * scales.
+class Quantised(Matrix):
+    """Its numbers are values * scales.
 
     Attributes:
       values: int8 [..., in, out].
@@ -35,11 +37,6 @@ class Quantised:
         return self.values.shape
 
     @property
-    def ndim(self) -> int:
-        """The number of its axes."""
-        return self.values.ndim
-
-    @property
     def dtype(self):
         """The type of its numbers."""
         return self.scales.dtype
@@ -48,6 +45,16 @@ class Quantised:
     def T(self) -> "Quantised":
         """The transpose of a matrix [in, out]."""
         return self.replace(values=self.values.T, scales=self.scales.T)
+
+    def dot(self, x: jax.Array, exact: bool) -> jax.Array:
+        """x [in] times the matrix -> [out]; exact products take it as an array of floats."""
+        if exact:
+            return exact_dot(x, rounded(self.dense().astype(x.dtype)))
+        return quantised_dot(x, self)
+
+    def row(self, n: jax.Array) -> jax.Array:
+        """Row n of a table."""
+        return jax.tree.map(lambda x: row(x, n), self).dense()
 
     def dense(self) -> jax.Array:
         """The matrix as an array of floats."""
@@ -58,7 +65,7 @@ class Quantised:
 
 
 def is_quantised(x) -> bool:
-    """Whether x is `Quantised`: what a tree of parameters may have in the place of an array."""
+    """Whether x is `Quantised`."""
     return isinstance(x, Quantised)
 
 
@@ -79,17 +86,6 @@ def quantise(x: np.ndarray, *, is_table: bool = False) -> Quantised | np.ndarray
     scales = np.abs(grouped).max(axis + 1) / np.float32(127)
     steps = grouped / np.expand_dims(np.where(scales == 0, 1, scales), axis + 1)
     return Quantised(np.rint(steps).astype(np.int8).reshape(x.shape), scales, is_table)
-
-
-def dense(w: jax.Array | Quantised) -> jax.Array:
-    """A matrix as an array."""
-    return w.dense() if is_quantised(w) else w
-
-
-def row(table: jax.Array | Quantised, n: jax.Array) -> jax.Array:
-    """Row n of a table, in its own type; nan where there is no such row."""
-    get = lambda x: jnp.asarray(x).at[n].get(mode="fill", wrap_negative_indices=False)
-    return dense(jax.tree.map(get, table))
 
 
 def quantised_dot(x: jax.Array, w: Quantised) -> jax.Array:
@@ -127,24 +123,4 @@ def _run(x, values, scales, is_table):
     return [total.astype(x.dtype)]
 
 
-def _batch(axis, operands, dims, is_table):
-    """Mapped tokens become rows; products with several matrices run one after the other."""
-    x, *w = (
-        operand if dim is None else jnp.moveaxis(operand, dim, 0)
-        for operand, dim in zip(operands, dims, strict=True)
-    )
-    if dims[1] is None and dims[2] is None:
-        [y] = quantised_dot_p.bind(x.reshape(-1, x.shape[-1]), *w, is_table=is_table)
-        return [y.reshape(axis.size, -1, y.shape[-1])], [0]
-    mapped = [n for n, dim in enumerate(dims) if dim is not None]
-
-    def one(parts):
-        given = [x, *w]
-        for n, part in zip(mapped, parts, strict=True):
-            given[n] = part
-        return quantised_dot_p.bind(*given, is_table=is_table)[0]
-
-    return [jax.lax.map(one, [[x, *w][n] for n in mapped])], [0]
-
-
-quantised_dot_p = primitive.define("quantised_dot", _run, _batch)
+quantised_dot_p = define("quantised_dot", _run)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.config import Config
-from transformer.numerics.quantised import is_quantised
+from transformer.numerics.matrix import is_matrix
 from transformer.program.init import init_params
 from transformer.program.params import Params
 
@@ -49,8 +49,8 @@ def param_shapes(config: Config) -> dict:
 
 
 def _shapes(params):
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantised)
-    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantised(x) else x
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_matrix)
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_matrix(x) else x
     return {jax.tree_util.keystr(path).lstrip("."): of(x) for path, x in leaves}
 
 

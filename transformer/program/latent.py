@@ -6,7 +6,7 @@ from flax import struct
 
 from transformer.memory.cache import Turn
 from transformer.memory.latent import Latent
-from transformer.numerics.quantised import dense
+from transformer.numerics.matrix import dense
 from transformer.program.linear import Linear, Norm, linear, norm
 from transformer.program.positions import rotate
 from transformer.program.remat import segment

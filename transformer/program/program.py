@@ -10,8 +10,8 @@ from kernels.backends.choice import check_backend
 from transformer.axes import constrain
 from transformer.config import Config
 from transformer.memory.cache import Cache
+from transformer.numerics.matrix import row
 from transformer.numerics.numerics import FAST, Numerics
-from transformer.numerics.quantised import row
 from transformer.program.fit import check_params
 from transformer.program.layers import KINDS, layer
 from transformer.program.linear import linear, norm
@@ -93,18 +93,20 @@ def embed(spec: Program, params: Params, token, i):
     An id or position that does not exist gives nan: JAX would take the nearest that does.
     """
     table = jax.tree.map(lambda x: constrain(jnp.asarray(x), "vocabulary", None), params.embedding)
-    x = row(table, token)
+    compute_dtype = spec.config.compute_dtype
+    x = spec.numerics.rounded(row(table, token).astype(compute_dtype))  # as generation casts it
+    x = x.astype(jnp.promote_types(compute_dtype, jnp.float32))
     x = spec.numerics.rounded(x * spec.config.embedding_scale)
     if params.positions is not None:
         x = x + jnp.asarray(params.positions).at[i].get(mode="fill")  # -1 is padding, and takes any
-    return constrain(spec.numerics.rounded(x.astype(spec.config.compute_dtype)), None)
+    return constrain(spec.numerics.rounded(x.astype(compute_dtype)), None)
 
 
 def unembed(spec: Program, params: Params, x):
     """x [E] -> logits [V], float32."""
     x = norm(spec, params.final_norm, x)
     if params.output is None:
-        logits = spec.numerics.dot(x, params.embedding.T)  # E first: vmap then needs no transpose
+        logits = spec.numerics.dot_table(x, params.embedding)
     else:
         logits = linear(spec, params.output, x)
     logits = logits.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -25,11 +25,11 @@ def test_chains_are_blocks_of_sums(rng):
 
 
 def test_what_was_found_is_kept(cache):
-    found = order.order(96, 64, jnp.float32), order.few_rows(64, 64, jnp.float32)
+    found = order.order(96, 64, jnp.float32), order.few_rows(64, 64, jnp.float32, turned=True)
     [file] = (cache / "unison").glob("order-*.json")
     kept = json.loads(file.read_text())
-    assert tuple(kept["rows 96 64 float32"]) == found[0]
-    assert kept["batch 64 64 float32"] == found[1]
+    assert tuple(kept["product 96 64 float32"]) == found[0]
+    assert kept["batch 64 64 float32 True"] == found[1]
 
 
 def test_a_damaged_file_is_found_anew(cache):

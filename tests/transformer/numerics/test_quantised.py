@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.numerics.matrix import dense, row
 from transformer.numerics.numerics import EXACT, FAST
-from transformer.numerics.quantised import Quantised, dense, is_quantised, quantise, row
+from transformer.numerics.quantised import Quantised, is_quantised, quantise
 
 
 def test_numbers_are_rounded_to_steps_of_their_group(rng):

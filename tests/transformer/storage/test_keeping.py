@@ -6,7 +6,8 @@ import pytest
 
 from transformer import Config, Model, generate, init_cache, init_params, load, program, run, save
 from transformer.data.tokenizer import byte_tokenizer
-from transformer.numerics.quantised import dense, is_quantised
+from transformer.numerics.matrix import dense
+from transformer.numerics.quantised import is_quantised
 
 CONFIG = Config(vocab_size=257, max_length=64, num_layers=2, width=32, num_heads=2)
 KINDS = {

@@ -1,0 +1,39 @@
+"""Parameters made ready for decoding."""
+
+import jax
+import numpy as np
+import pytest
+
+from transformer import init_cache, init_params, presets, program
+from transformer.inference.prepare import lay_out_params
+from transformer.numerics.matrix import is_matrix
+from transformer.numerics.numerics import EXACT, FAST
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-mla", "tiny-gpt-oss", "tiny-hybrid"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("numerics", [FAST, EXACT])
+def test_every_kind_of_layer_runs_with_them(preset, scan_layers, numerics):
+    config = presets[preset].replace(scan_layers=scan_layers)
+    params = init_params(config, jax.random.key(0))
+    laid_out = lay_out_params(params, 8, numerics)
+    assert any(map(is_matrix, jax.tree.leaves(laid_out, is_leaf=is_matrix)))
+    f = program(config, numerics=numerics.name)
+    run = jax.jit(
+        lambda params, tokens: jax.vmap(
+            lambda token: f(params, init_cache(config, 8), token, 0)[1]
+        )(tokens)
+    )
+    tokens = np.arange(8)
+    # The tests compile without optimisation, where equal bits are not claimed.
+    np.testing.assert_allclose(run(laid_out, tokens), run(params, tokens), rtol=0, atol=1e-4)
+
+
+def test_what_is_split_over_devices_stays():
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("one device")
+    mesh = jax.make_mesh((2,), ("data",), devices=devices[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(init_params(presets["tiny"], jax.random.key(0)), split)
+    assert lay_out_params(params, 8, FAST) is params

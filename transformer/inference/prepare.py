@@ -1,0 +1,67 @@
+"""Parameters made ready for a loop of many steps, so that no step does it again."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels.tracing.target import platform
+from transformer.config import Config
+from transformer.numerics.layouts import lay_out, lay_out_table
+from transformer.numerics.matrix import is_matrix
+from transformer.numerics.numerics import Numerics
+from transformer.program.experts import Experts
+from transformer.program.latent import LatentAttention
+from transformer.program.linear import Linear
+from transformer.program.params import Params
+
+# What is not multiplied by with `Numerics.dot`, but as a whole or by groups of rows.
+_AS_THEY_ARE = {LatentAttention: ("key", "value"), Experts: ("up", "gate", "down")}
+
+
+def cast_params(config: Config, params: Params) -> Params:
+    """Parameters in the type in which the program uses them."""
+    return params if config.compute_dtype == jnp.float32 else _cast(config, params)
+
+
+def lay_out_params(params: Params, rows: int, numerics: Numerics) -> Params:
+    """Parameters whose matrices lie as products of so many rows are fastest on a CPU.
+
+    Those that lie otherwise than before are copies. Elsewhere than on a CPU, and where parameters
+    are split over devices, all stay as they are.
+    """
+    split = any(len(x.devices()) > 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
+    if split or platform() != "cpu":
+        return params
+    return _lay_out(params, rows, numerics.exact)
+
+
+@partial(jax.jit, static_argnames="config")
+def _cast(config, params: Params) -> Params:
+    to_dtype = lambda x: x if is_matrix(x) else x.astype(config.compute_dtype)
+    cast = partial(jax.tree.map, to_dtype, is_leaf=is_matrix)
+    takes = lambda x: isinstance(x, (Linear, Experts))
+    params = jax.tree.map(lambda x: cast(x) if takes(x) else x, params, is_leaf=takes)
+    return params.replace(embedding=cast(params.embedding))
+
+
+@partial(jax.jit, static_argnames=("rows", "exact"))
+def _lay_out(params: Params, rows, exact) -> Params:
+    takes = lambda x: isinstance(x, (Linear, *_AS_THEY_ARE))
+
+    def one(part):
+        if isinstance(part, Linear):
+            weight = part.weight
+            return part if is_matrix(weight) else part.replace(weight=lay_out(weight, rows, exact))
+        if not takes(part):
+            return part
+        kept = {name: getattr(part, name) for name in _AS_THEY_ARE[type(part)]}
+        others = part.replace(**dict.fromkeys(kept))
+        inner = lambda x: x is not others and takes(x)
+        return jax.tree.map(one, others, is_leaf=inner).replace(**kept)
+
+    table = params.embedding
+    if params.output is None and not is_matrix(table):
+        table = lay_out_table(table, rows, exact)
+    rest = jax.tree.map(one, params.replace(embedding=None), is_leaf=takes)
+    return rest.replace(embedding=table)
