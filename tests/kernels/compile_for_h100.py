@@ -20,8 +20,9 @@ from jax.sharding import SingleDeviceSharding
 from kernels.tracing.target import target
 from transformer.config import Config
 from transformer.data.batches import Batch
-from transformer.inference.decode import State, cast_params, decode, stop_ids
+from transformer.inference.decode import State, decode, stop_ids
 from transformer.inference.prefill import chunk_size, run_chunks
+from transformer.inference.prepare import cast_params
 from transformer.inference.sampling import Sampling
 from transformer.program.init import init_cache, init_params
 from transformer.program.program import program

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from transformer.config import Config
 from transformer.data.tokenizer import byte_tokenizer
-from transformer.inference.decode import State, capacity_for, cast_params, decode
+from transformer.inference.decode import State, capacity_for, decode
 from transformer.inference.generate import generate, stream
 from transformer.inference.prefill import Prefill, run_chunks
+from transformer.inference.prepare import cast_params
 from transformer.inference.rows import Rows
 from transformer.inference.sampling import Sampling
 from transformer.inference.score import score

