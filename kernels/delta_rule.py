@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.exact import sums
+from kernels.exact import functions, sums
 from kernels.exact.products import batched
 from kernels.tracing.partition import vary_like
 
@@ -63,7 +63,7 @@ def step(state, i, q, k, v, g, beta, exact=False):
     product, rounded = (batched, sums.rounded) if exact else (_product, lambda x: x)
     inner = sums.total(q * k)[:, None] if exact else (q * k).sum(1, keepdims=True)
     held, asked = jnp.moveaxis(product(read, state), 1, 0)
-    decay = jnp.exp(g)
+    decay = functions.exp(g) if exact else jnp.exp(g)
 
     def kept(x):
         return rounded(jnp.where(i == 0, 0, x * decay.reshape(g.shape + (1,) * (x.ndim - 1))))

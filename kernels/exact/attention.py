@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.blocks import Blocks
-from kernels.exact.functions import exp
+from kernels.exact import functions
 from kernels.exact.order import COLUMNS
 from kernels.exact.products import batched
 from kernels.exact.sums import rounded, total
@@ -86,7 +86,7 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
         visible &= (distance >= 0) & (held[:, None] >= seen[:, :, None])
         result = _product(q, tile(at)[0], turned=True)[..., :size]
         if options.soft_cap is not None:
-            result = rounded(options.soft_cap * jnp.tanh(result / options.soft_cap))
+            result = rounded(options.soft_cap * functions.tanh(result / options.soft_cap))
         if shared.alibi is not None:
             slopes = heads(shared.alibi)[..., None]
             result = result - rounded(slopes * distance[:, None, :, None].astype(result.dtype))
@@ -109,7 +109,7 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
     def add(begin, sums, mine=True):
         at = jnp.clip(begin, 0, S - size)
         score = jax.lax.dynamic_slice_in_dim(stored, at, size, -1)
-        weights = jnp.where(score == _MASKED, 0, exp(score - peak[..., None]))
+        weights = jnp.where(score == _MASKED, 0, functions.exp(score - peak[..., None]))
         if not aligned:
             cells = at + jnp.arange(size)
             weights = jnp.where((cells >= begin) & (cells < begin + size) & mine, weights, 0)
@@ -130,9 +130,9 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
     whole, mixed = sums
     empty = whole == 0
     if shared.sinks is not None:
-        whole = whole + exp(heads(shared.sinks) - peak)
+        whole = whole + functions.exp(heads(shared.sinks) - peak)
     whole = jnp.where(empty, 1, whole)
-    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(whole))
+    lse = jnp.where(empty, -jnp.inf, peak + functions.log(whole))
     return mixed / whole[..., None], lse
 
 

@@ -145,7 +145,7 @@ def draw(key: jax.Array, logits: jax.Array, numerics: Numerics = FAST) -> jax.Ar
     """
     groups = jnp.pad(logits, (0, -len(logits) % GROUP), constant_values=-jnp.inf)
     groups = groups.reshape(-1, GROUP)
-    noise = jax.random.gumbel(key, (len(groups) + GROUP,))
+    noise = numerics.gumbel(key, (len(groups) + GROUP,))
     group = jnp.argmax(numerics.log_sum_exp(groups) + noise[: len(groups)])
     return group * GROUP + jnp.argmax(groups[group] + noise[len(groups) :])
 
@@ -155,7 +155,7 @@ def warp(logits: jax.Array, sampling: Sampling, numerics: Numerics = FAST) -> ja
     logits = scale(logits, sampling.temperature, numerics)
     logits = keep_top_k(logits, sampling.top_k)
     logits = keep_top_p(logits, sampling.top_p, numerics)
-    return keep_min_p(logits, sampling.min_p)
+    return keep_min_p(logits, sampling.min_p, numerics)
 
 
 def scale(logits: jax.Array, temperature: jax.Array, numerics: Numerics = FAST) -> jax.Array:
@@ -183,9 +183,9 @@ def keep_top_p(logits: jax.Array, p: jax.Array, numerics: Numerics = FAST) -> ja
     return _keep_likeliest(p < 1, logits, lambda kept: mass(kept) >= p)
 
 
-def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+def keep_min_p(logits: jax.Array, p: jax.Array, numerics: Numerics = FAST) -> jax.Array:
     """Tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
-    return jnp.where(logits >= logits.max() + jnp.log(p), logits, -jnp.inf)
+    return jnp.where(logits >= logits.max() + numerics.log(p), logits, -jnp.inf)
 
 
 def _keep_likeliest(active, logits: jax.Array, enough: Callable) -> jax.Array:

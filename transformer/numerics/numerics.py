@@ -4,15 +4,13 @@ A layer calls these and knows nothing else. Exact means that a token's bits are 
 runs: alone or with others of its sequence, in any chunk and any batch, with or without a gradient.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from kernels.exact import sums
-from kernels.exact.functions import exp
+from kernels.exact import functions, sums
 from transformer.numerics import log_softmax
 from transformer.numerics.layouts import ByOutput
 from transformer.numerics.matrix import is_matrix
@@ -77,8 +75,8 @@ class Numerics:
         """Over the last axis."""
         if not self.exact:
             return jax.nn.softmax(x)
-        powers = exp(x - x.max(-1, keepdims=True))
-        return powers / sums.total(powers)[..., None]
+        powers = functions.exp(x - x.max(-1, keepdims=True))
+        return self.rounded(powers / sums.total(powers)[..., None])
 
     def mean(self, x):
         """The mean over the last axis, which is kept with one element."""
@@ -114,20 +112,50 @@ class Numerics:
             return jax.lax.rsqrt(x)
         return 1 / self.rounded(jnp.sqrt(x))  # both rounded rightly; rsqrt is approximated
 
+    def exp(self, x):
+        """The exponential."""
+        return functions.exp(x) if self.exact else jnp.exp(x)
+
+    def log(self, x):
+        """The natural logarithm."""
+        return functions.log(x) if self.exact else jnp.log(x)
+
+    def tanh(self, x):
+        """The hyperbolic tangent."""
+        return functions.tanh(x) if self.exact else jnp.tanh(x)
+
+    def sin(self, x):
+        """The sine."""
+        return functions.sin(x) if self.exact else jnp.sin(x)
+
+    def cos(self, x):
+        """The cosine."""
+        return functions.cos(x) if self.exact else jnp.cos(x)
+
+    def sigmoid(self, x):
+        """1 / (1 + exp(-x))."""
+        return functions.sigmoid(x) if self.exact else jax.nn.sigmoid(x)
+
+    def silu(self, x):
+        """x * sigmoid(x)."""
+        return functions.silu(x) if self.exact else jax.nn.silu(x)
+
+    def softplus(self, x):
+        """log(1 + exp(x))."""
+        return functions.softplus(x) if self.exact else jax.nn.softplus(x)
+
     def gelu(self, x, approximate=True):
         """GELU (arXiv:1606.08415), in its tanh form where it is approximate."""
         if not self.exact:
             return jax.nn.gelu(x, approximate)
-        if not approximate:
-            return 0.5 * x * jax.lax.erfc(self.rounded(-(0.5**0.5) * x))
-        inner = x + self.rounded(0.044715 * (x * x * x))
-        return 0.5 * x * (1 + jnp.tanh(self.rounded((2 / math.pi) ** 0.5 * inner)))
+        return functions.gelu(x) if approximate else functions.gelu_exact(x)
 
-    def softplus(self, x):
-        """log(1 + exp(x))."""
+    def gumbel(self, key, shape):
+        """Random numbers of the standard Gumbel distribution, float32."""
         if not self.exact:
-            return jax.nn.softplus(x)
-        return jnp.maximum(x, 0) + self.rounded(jnp.log1p(jnp.exp(-jnp.abs(x))))
+            return jax.random.gumbel(key, shape)
+        uniform = jax.random.uniform(key, shape, minval=jnp.finfo(jnp.float32).tiny)
+        return -self.log(-self.log(uniform))
 
 
 FAST = Numerics()

@@ -10,7 +10,7 @@ def activate(spec, hidden, gate):
     if config.feed_forward == "swiglu_clipped":
         return _swiglu_clipped(spec, hidden, gate)
     function = _function(spec)
-    return function(gate) * hidden if config.gated else function(hidden)
+    return spec.numerics.rounded(function(gate) * hidden) if config.gated else function(hidden)
 
 
 def _function(spec):
@@ -20,11 +20,12 @@ def _function(spec):
         return spec.numerics.gelu
     if kind in ("gelu_exact", "geglu_exact"):
         return lambda x: spec.numerics.gelu(x, approximate=False)
-    return jax.nn.relu if kind in ("relu", "reglu") else jax.nn.silu
+    return jax.nn.relu if kind in ("relu", "reglu") else spec.numerics.silu
 
 
 def _swiglu_clipped(spec, hidden, gate):
     """That of gpt-oss (arXiv:2508.10925, section 2.2): clipped, steeper, and with a residual."""
     gate = jnp.minimum(gate, 7.0)
-    slope = jax.nn.sigmoid(spec.numerics.rounded(1.702 * gate))
-    return gate * slope * (jnp.clip(hidden, -7.0, 7.0) + 1)
+    rounded = spec.numerics.rounded
+    slope = spec.numerics.sigmoid(rounded(1.702 * gate))
+    return rounded(rounded(gate * slope) * rounded(jnp.clip(hidden, -7.0, 7.0) + 1))

@@ -68,7 +68,7 @@ def query(spec, params, x, i):
 def gated(spec, params, x, z):
     """What was read, times the gate that x gives it: x [E], z [N, H] -> z [N, H]."""
     gate = linear(spec, params.mixer.gate, norm(spec, params.mixer_norm, x))
-    return spec.numerics.rounded(z * jax.nn.sigmoid(gate).reshape(z.shape))
+    return spec.numerics.rounded(z * spec.numerics.sigmoid(gate).reshape(z.shape))
 
 
 def output(spec, params, z):

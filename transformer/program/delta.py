@@ -51,8 +51,8 @@ def project(spec, params, x):
     x = norm(spec, params.mixer_norm, x)
     wide = lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32))
     step = spec.numerics.softplus(wide(linear(spec, mixer.decay, x)) + mixer.decay_bias)
-    log_decay = spec.numerics.rounded(-jnp.exp(mixer.log_rate) * step)
-    strength = jax.nn.sigmoid(wide(linear(spec, mixer.strength, x)))
+    log_decay = spec.numerics.rounded(-spec.numerics.exp(mixer.log_rate) * step)
+    strength = spec.numerics.sigmoid(wide(linear(spec, mixer.strength, x)))
     gate = linear(spec, mixer.gate, x).reshape(sizes.num_value_heads, -1)
     return linear(spec, mixer.channels, x), gate, log_decay, strength
 
@@ -62,7 +62,7 @@ def heads(spec, channels):
     """Channels [C] -> q [N, Hk], k [N, Hk], both of length 1 (q over sqrt(Hk)), and v [N, Hv]."""
     sizes = spec.config.delta_sizes
     M, N, H = sizes.num_key_heads, sizes.num_value_heads, sizes.key_size
-    q, k, v = jnp.split(spec.numerics.rounded(jax.nn.silu(channels)), [M * H, 2 * M * H])
+    q, k, v = jnp.split(spec.numerics.silu(channels), [M * H, 2 * M * H])
     repeat = lambda x: jnp.repeat(_unit(spec, x.reshape(M, H)), N // M, axis=0)
     return spec.numerics.rounded(repeat(q) * H**-0.5), repeat(k), v.reshape(N, -1)
 
@@ -71,7 +71,7 @@ def output(spec, params, z):
     """What was read, normed and gated, becomes the sublayer's output: [N, Hv] -> y [E]."""
     z, gate = z
     y = rms_norm(spec, z) * params.norm.scale
-    y = spec.numerics.rounded((y * jax.nn.silu(gate.astype(y.dtype))).astype(z.dtype))
+    y = spec.numerics.rounded((y * spec.numerics.silu(gate.astype(y.dtype))).astype(z.dtype))
     return linear(spec, params.output, y.reshape(-1))
 
 

@@ -49,14 +49,14 @@ def route(spec, params: Experts, x):
     """Which experts a token takes, and their gates: x [E] -> gates [k], experts [k]."""
     config = spec.config
     logits = linear(spec, params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    scores = {"all": spec.numerics.softmax, "sigmoid": jax.nn.sigmoid}.get(
+    scores = {"all": spec.numerics.softmax, "sigmoid": spec.numerics.sigmoid}.get(
         config.expert_gates, lambda x: x
     )
     scores = choice = scores(logits)
     if params.choice_bias is not None:
         choice = scores + params.choice_bias
     if config.expert_groups is not None:
-        choice = _of_best_groups(config, choice)
+        choice = _of_best_groups(spec, choice)
     chosen = jax.lax.top_k(choice, config.experts_per_token)[1]
     gates = scores[chosen]
     if config.expert_gates == "chosen":
@@ -66,16 +66,17 @@ def route(spec, params: Experts, x):
     return spec.numerics.rounded(gates * config.expert_scale), chosen
 
 
-def _of_best_groups(config, scores):
+def _of_best_groups(spec, scores):
     """Scores [X] of which those outside of the best groups are -inf.
 
     A group is as good as its best expert, or, by sigmoids, as its two best together (DeepSeek-V3,
     arXiv:2412.19437, section 2.1.2).
     """
+    config = spec.config
     groups, kept = config.expert_groups
     by_group = scores.reshape(groups, -1)
     best = min(2 if config.expert_gates == "sigmoid" else 1, by_group.shape[1])
-    worth = jax.lax.top_k(by_group, best)[0].sum(-1)
+    worth = spec.numerics.sum(jax.lax.top_k(by_group, best)[0])[:, 0]
     chosen = (jax.lax.top_k(worth, kept)[1][:, None] == jnp.arange(groups)).any(0)
     return jnp.where(chosen[:, None], by_group, -jnp.inf).reshape(-1)
 
@@ -84,7 +85,8 @@ def _run_shared(spec, params, x):
     y = dense(spec, params.shared, x)
     if params.shared_gate is None:
         return y
-    return spec.numerics.rounded(y * jax.nn.sigmoid(linear(spec, params.shared_gate, x)))
+    gate = spec.numerics.sigmoid(linear(spec, params.shared_gate, x))
+    return spec.numerics.rounded(y * gate)
 
 
 def _run(x, *weights, spec, tree):
@@ -125,11 +127,13 @@ def _mix(spec, params, x, first):
     expert = chosen.reshape(-1)[order]
     sizes = (expert[:, None] == jnp.arange(X)).sum(0, dtype=jnp.int32)
 
+    rounded = spec.numerics.rounded
+
     def linear(params, rows):
-        y = spec.numerics.ragged_dot(rows, params.weight.astype(x.dtype), sizes)
+        y = spec.numerics.ragged_dot(rows, rounded(params.weight.astype(x.dtype)), sizes)
         if params.bias is None:
             return y
-        return spec.numerics.rounded(y + params.bias.astype(x.dtype)[expert])
+        return rounded(y + rounded(params.bias.astype(x.dtype))[expert])
 
     rows = x[order // k]
     gate = None if params.gate is None else linear(params.gate, rows)

@@ -27,7 +27,10 @@ class Norm:
 def linear(spec, params: Linear, x):
     """x [in] -> [out], computed in x's dtype."""
     y = spec.numerics.dot(x, params.weight)
-    return y if params.bias is None else spec.numerics.rounded(y + params.bias.astype(x.dtype))
+    if params.bias is None:
+        return y
+    rounded = spec.numerics.rounded
+    return rounded(y + rounded(params.bias.astype(x.dtype)))
 
 
 def norm(spec, params: Norm | None, x):

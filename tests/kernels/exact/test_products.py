@@ -6,7 +6,7 @@ import pytest
 
 from kernels.exact import products
 from kernels.exact.order import Order
-from kernels.exact.products import batched, product
+from kernels.exact.products import batched, product, product_by_output
 
 
 def assert_is_the_product(y, x, w):
@@ -28,6 +28,23 @@ def test_a_row_is_as_if_it_were_the_only_one(shape, way, rng, monkeypatch):
     assert_is_the_product(y, x, w)
     for rows in (1, 2, 17, 64, 65):
         np.testing.assert_array_equal(run(x[:rows], w), y[:rows])
+
+
+@pytest.mark.parametrize("way", ["found", "as other products"])
+@pytest.mark.parametrize("shape", [(24, 40), (64, 256)])
+def test_a_row_times_a_matrix_that_is_stored_by_output(shape, way, rng, monkeypatch):
+    """As that of a tied embedding, which one row alone would take in another order."""
+    if way != "found":
+        found = products.order
+        monkeypatch.setattr(products, "order", lambda *x: found(*x)._replace(by_output=0))
+    K, N = shape
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((130, K), (N, K)))
+    run = jax.jit(lambda x, w: product_by_output(x, w))  # not known from another way
+    y = np.asarray(run(x, w))
+    assert_is_the_product(y, x, w.T)
+    np.testing.assert_array_equal(y, jax.jit(product)(x, w.T))
+    for count in (1, 2, 17, 64, 65):
+        np.testing.assert_array_equal(run(x[:count], w), y[:count])
 
 
 @pytest.mark.parametrize("turned", [False, True])
