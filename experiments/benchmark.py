@@ -37,6 +37,7 @@ _MODEL = flags.DEFINE_string(
 )
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model.")
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "Keep the model's matrices in int8.")
+_CACHE = flags.DEFINE_enum("cache", None, ["int8"], "Keep the model's keys and values in int8.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Backend of attention in the model suites.")
 _NUMERICS = flags.DEFINE_list(
     "numerics",
@@ -86,6 +87,7 @@ def main(argv):
         "jax": jax.__version__,
         "model": _MODEL.value or _PRESET.value,
         "weights": _WEIGHTS.value,
+        "cache": _CACHE.value,
         "dtype": config.dtype,
         "attention": _ATTENTION.value,
         "notices": notices,
@@ -119,8 +121,8 @@ def _check_flags(presets):
         cli.fail(f"--preset={_PRESET.value} does not exist; choose one of {', '.join(presets)}.")
     if _PEER.value and not _MODEL.value and _PRESET.value != "gpt2":
         cli.fail("--peer runs GPT-2 124M, or a --model; use it with --preset=gpt2.")
-    if (_DTYPE.value or _WEIGHTS.value) and not _MODEL.value:
-        cli.fail("--dtype and --weights are for a --model.")
+    if (_DTYPE.value or _WEIGHTS.value or _CACHE.value) and not _MODEL.value:
+        cli.fail("--dtype, --weights and --cache are for a --model.")
     if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
         cli.fail(f"--plot={_PLOT.value}; the plot is a PNG, so its name must end in .png.")
     with cli.user_errors(OSError):  # now, and not when everything is measured
@@ -139,7 +141,8 @@ def _subject(presets):
         from transformer.storage.model import load
 
         with cli.user_errors(ValueError, OSError, CheckpointError):
-            model = load(_MODEL.value, dtype=_DTYPE.value, weights=_WEIGHTS.value)
+            how = {"dtype": _DTYPE.value, "weights": _WEIGHTS.value, "cache": _CACHE.value}
+            model = load(_MODEL.value, **how)
         return model.config, lambda: model.params
     config = presets[_PRESET.value]
     if jax.default_backend() != "cpu":

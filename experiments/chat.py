@@ -17,6 +17,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "One message, to which there is on
 _SYSTEM = flags.DEFINE_string("system", None, "What the model is told at the start.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: as in the file.")
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "Keep matrices in int8.")
+_CACHE = flags.DEFINE_enum("cache", None, ["int8"], "Keep keys and values in int8.")
 # The fields of `transformer.inference.options.Options` that make sense here.
 _OPTIONS = (
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of a reply, at most."),
@@ -43,6 +44,7 @@ def main(argv):
             _MODEL.value,
             dtype=_DTYPE.value,
             weights=_WEIGHTS.value,
+            cache=_CACHE.value,
             prepare=partial(compile_replies, **options),
         )
         conversation = Conversation(model, system=_SYSTEM.value, **options)

@@ -68,6 +68,8 @@ def write(block, cells, new):
         written = jax.lax.fori_loop(0, len(block), each, block)
         return jax.lax.bitcast_convert_type(written, operands[0].dtype)
 
+    if jnp.issubdtype(block.dtype, jnp.integer):  # which has no gradient
+        return rows(cells, (block, new))
     return linear_call(rows, write_transposed, cells, (block, new), results=block)
 
 

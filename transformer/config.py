@@ -26,6 +26,7 @@ CHOICES = {
     "biases": ("none", "qkv", "attention", "all"),
     "remat": ("none", "segments", "dots"),
     "dtype": ("float32", "bfloat16", "float64"),
+    "cache_dtype": (None, "int8"),
 }
 # How a layer lets tokens reach each other: what it writes to its blocks, and how it reads them.
 LAYER_KINDS = ("attention", "latent", "delta")
@@ -228,6 +229,9 @@ class Config:
         again in the backward pass; "dots" also saves the results of matrix products.
       dtype: "float32", "bfloat16" or, with JAX's jax_enable_x64, "float64": the type of
         activations. Parameters are float32.
+      cache_dtype: "int8" keeps the keys and values of attention as int8 numbers, with a scale for
+        each head of a cell, for generating and scoring; other kinds of layers stay as they are.
+        None: in `dtype`.
 
     Raises:
       ValueError: a choice that does not exist, or sizes that do not fit together.
@@ -278,6 +282,7 @@ class Config:
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    cache_dtype: str | None = None
 
     def __post_init__(self):
         read = lambda name, value: object.__setattr__(self, name, value)
@@ -302,7 +307,7 @@ class Config:
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not exist; choose one of "
-                    f"{', '.join(choices)}."
+                    f"{', '.join(map(str, choices))}."
                 )
         if self.parallel_residual and self.norm_placement != "pre":
             raise ValueError(
@@ -407,6 +412,10 @@ class Config:
             raise ValueError(
                 f"layer_kinds={self.layer_kinds!r}; a kind is one of {', '.join(LAYER_KINDS)}, and "
                 "a pattern has at least one of them."
+            )
+        if self.cache_dtype is not None and "attention" not in kinds:
+            raise ValueError(
+                f"cache_dtype={self.cache_dtype!r} is for layers of attention, and there are none."
             )
         if "latent" in kinds:
             if self.latent is None:

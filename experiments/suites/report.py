@@ -56,7 +56,7 @@ def print_tables(figures: dict, limits: Limits) -> None:
     for rows, name, columns in (
         (
             models,
-            ", ".join(filter(None, (figures["model"], figures["dtype"], figures["weights"]))),
+            _title(figures),
             _MODEL_COLUMNS | more,
         ),
         (kernels, f"kernels, {figures['dtype']}", _KERNEL_COLUMNS),
@@ -66,6 +66,12 @@ def print_tables(figures: dict, limits: Limits) -> None:
             cli.print_table(
                 title, list(columns), [[text(row) for text in columns.values()] for row in rows]
             )
+
+
+def _title(figures):
+    """What was measured: a model, its type, and what of it is kept otherwise."""
+    kept = [f"{name} in {figures[name]}" for name in ("weights", "cache") if figures[name]]
+    return ", ".join([figures["model"], figures["dtype"], *kept])
 
 
 def _work_rate(row):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kernels.blocks import Blocks
 from kernels.cells import consecutive, in_order, is_ring, ring_positions, write_one
 from kernels.exact import attention as exact
+from kernels.int8 import floats, is_int8
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.linear import linear_call
@@ -34,7 +35,8 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
 
     Args:
       q: [B, T, N, H].
-      keys, values: [B, K, S, H] and [B, K, S, Hv]; N is a multiple of K.
+      keys, values: [B, K, S, H] and [B, K, S, Hv]; N is a multiple of K. Each may be an `Int8`,
+        of which a tile at a time is made floats.
       where: which keys each query reads.
       shared: sinks and ALiBi's slopes.
       options: scale, window, soft cap.
@@ -76,7 +78,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
     The blocks are not even reshaped: where a loop carries them in another shape, XLA makes a copy
     at every step.
     """
-    size = blocks.arrays[0].shape[-2]
+    size = jax.tree.leaves(blocks.arrays)[0].shape[-2]
     i = i[:, 0]
     cells = jnp.where(i < 0, -1, i % size) if is_ring(options, size) else i
     arrays = write_one(blocks, cells, cell)
@@ -88,7 +90,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
 
 def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
     """`kernels.write_read.read`: tiles of the blocks are read where they lie."""
-    size, where = blocks.arrays[0].shape[-2], Where(i)
+    size, where = jax.tree.leaves(blocks.arrays)[0].shape[-2], Where(i)
     if is_ring(options, size) and options.exact:
         blocks = Blocks(jax.tree.map(lambda x: in_order(x, i + 1), blocks.take()), batched=True)
         cells = consecutive(size - 1, i)
@@ -101,8 +103,10 @@ def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
 def _forward(q, blocks, where, shared, options):
     """`attend` on blocks as they lie, without a gradient: tile by tile, so no copy is made."""
     if options.exact:
+        if any(map(is_int8, blocks.arrays)):
+            blocks = Blocks(floats(blocks.take(), q.dtype), batched=True)
         return exact.forward(q, blocks, where, shared, options)
-    keys, values = blocks.arrays
+    keys, values = (jax.tree.leaves(x)[0] for x in blocks.arrays)
     num_kv_heads, num_cells = keys.shape[-3:-1]
     one_query = q.shape[1] == 1
     masking = _Masking(
@@ -120,7 +124,7 @@ def _forward(q, blocks, where, shared, options):
     def read(query):
         def step(begin, size, state):
             peak, total, mixed = state
-            key, value = masking.tile(blocks, begin, size)
+            key, value = floats(masking.tile(blocks, begin, size), q.dtype)
             scores, visible, _ = masking.scores(query, key, begin)
             new_peak = _peak(peak, scores.max(-1))
             weights = jnp.where(visible, jnp.exp(scores - new_peak[..., None]), 0)

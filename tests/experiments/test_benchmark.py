@@ -78,7 +78,7 @@ cli.start(benchmark.main)
         ("--preset=gpt5", "--preset=gpt5 does not exist"),
         ("--repeats=0", "repeats"),
         ("--preset=tiny --peer=python", "--peer runs GPT-2 124M, or a --model"),
-        ("--weights=int8", "--dtype and --weights are for a --model"),
+        ("--weights=int8", "--dtype, --weights and --cache are for a --model"),
         ("--model=/nowhere", "/nowhere is neither a saved model nor a work directory"),
         ("--attention=fast", "attention backend 'fast' does not exist"),
         ("--suite=", "--suite is empty"),

@@ -4,6 +4,7 @@ import jax
 from flax import struct
 
 from transformer.memory.cache import Turn
+from transformer.memory.quantised import QuantisedSoftmax
 from transformer.memory.softmax import Softmax
 from transformer.program.linear import Linear, Norm, linear, norm
 from transformer.program.positions import alibi_slopes, rotate
@@ -76,11 +77,11 @@ def output(spec, params, z):
     return linear(spec, params.output, z.reshape(-1))
 
 
-def memory(spec) -> Softmax:
+def memory(spec) -> Softmax | QuantisedSoftmax:
     """How the layer's block is written and read."""
     config = spec.config
     slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
-    return Softmax(
+    softmax = Softmax(
         config.attention_scale,
         config.window,
         config.attention_soft_cap,
@@ -88,6 +89,7 @@ def memory(spec) -> Softmax:
         spec.backend,
         spec.numerics.exact,
     )
+    return softmax if config.cache_dtype is None else QuantisedSoftmax(softmax)
 
 
 def blocks(spec):

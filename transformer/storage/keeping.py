@@ -1,4 +1,4 @@
-"""How parameters are kept once they are read: on which devices, and whether as int8."""
+"""How a model is kept once it is read: on which devices, and what of it as int8."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from transformer.program.experts import Experts
 from transformer.program.linear import Linear
 from transformer.program.params import Params
 
-WEIGHTS = ("int8",)
+INT8 = ("int8",)
 
 # Where the parameter of a name is placed: on a device, or split over several.
 Sharding = Callable[[str], jax.sharding.Sharding]
@@ -22,27 +22,30 @@ Prepare = Callable[[Config, Params], None]
 
 @dataclass(frozen=True)
 class Keeping:
-    """How parameters are kept.
+    """How a model is kept.
 
     Attributes:
       sharding: sharding(name) is where the parameter of a name is placed; None: on the first
         device.
       weights: "int8": matrices are `Quantised`, those of experts left out; None: as they are read.
-      prepare: what is done meanwhile; None: nothing.
+      cache: the config's `cache_dtype`.
+      prepare: what is done while the parameters are read; None: nothing.
 
     Raises:
-      ValueError: weights is something else.
+      ValueError: weights or cache is something else.
     """
 
     sharding: Sharding | None = None
     weights: str | None = None
+    cache: str | None = None
     prepare: Prepare | None = None
 
     def __post_init__(self):
-        if self.weights not in (None, *WEIGHTS):
-            raise ValueError(
-                f"weights={self.weights!r}; choose one of {', '.join(WEIGHTS)}, or None."
-            )
+        for name in ("weights", "cache"):
+            if getattr(self, name) not in (None, *INT8):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}; choose one of {', '.join(INT8)}, or None."
+                )
 
     def placing(self, params: Params) -> Callable[[str, np.ndarray], jax.Array | Quantised]:
         """place(name, x) keeps the numbers x of a parameter; `params` may be shapes only."""

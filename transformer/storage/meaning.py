@@ -6,7 +6,7 @@ from transformer.config import Config
 
 # Fields of `Config` that change how the function is computed, but neither what it is nor its
 # parameters; and those that `layers` says.
-_COMPUTATION = {"remat", "dtype"}
+_COMPUTATION = {"remat", "dtype", "cache_dtype"}
 _PATTERNS = {"window", "layer_kinds"}
 
 

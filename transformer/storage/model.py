@@ -95,6 +95,7 @@ def load(
     *,
     dtype: str | None = None,
     weights: str | None = None,
+    cache: str | None = None,
     sharding: Sharding | None = None,
     prepare: Prepare | None = None,
 ) -> Model:
@@ -110,6 +111,9 @@ def load(
       weights: "int8" keeps matrices as int8 numbers with a scale for every 64 of them, for
         generating and scoring: a quarter of the size of float32. Experts, norms and biases are left
         as they are. None: as `dtype` says.
+      cache: "int8" keeps keys and values as int8 numbers with a scale for each head of a cell, for
+        generating and scoring: about a quarter of the size of float32, and rounded. None: in the
+        type of the activations.
       sharding: sharding(name) is where the parameter of a name, as "layers.0.mixer.query.weight",
         is placed; None: on the first device.
       prepare: prepare(config, params) is called in a thread of its own while the parameters of a
@@ -132,7 +136,7 @@ def load(
     dtype = None if dtype is None else jnp.dtype(dtype).name
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}, or None.")
-    keeping = Keeping(sharding, weights, prepare)
+    keeping = Keeping(sharding, weights, cache, prepare)
     if hub.is_address(path):
         path = hub.download(os.fspath(path))
     path = Path(path)
@@ -142,6 +146,7 @@ def load(
         config, params, values = huggingface.read_directory(path, dtype, keeping)
         return Model(config, params, tokenizer_files.read(path, values))
     model = _load_own(path, sharding)
+    model = replace(model, config=model.config.replace(cache_dtype=cache))
     if dtype is not None:
         model = _cast(model, dtype)
     if weights is None:

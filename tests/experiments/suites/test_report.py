@@ -9,6 +9,7 @@ LIMITS = Limits(read=36e9, copy=59e9, flops=0.46e12)
 FIGURES = {
     "model": "gpt2-medium",
     "weights": None,
+    "cache": None,
     "dtype": "bfloat16",
     "device": "a device",
     "date": "2026-11-25",

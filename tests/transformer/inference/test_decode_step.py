@@ -55,24 +55,25 @@ HARMLESS = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-updat
 
 @pytest.mark.parametrize("batch", [None, 3], ids=["one", "batch"])
 @pytest.mark.parametrize(
-    ("capacity", "window", "scanned"),
+    ("capacity", "changes"),
     [
-        (4096, None, False),
-        (4096, None, True),
-        (4096, 3500, False),
-        (4096, 3500, True),
-        (128, None, False),
-        (4096, 128, False),
+        (4096, {}),
+        (4096, {"scan_layers": True}),
+        (4096, {"window": 3500}),
+        (4096, {"window": 3500, "scan_layers": True}),
+        (128, {}),
+        (4096, {"window": 128}),
+        (4096, {"cache_dtype": "int8"}),
     ],
-    ids=["all", "all-scanned", "ring", "ring-scanned", "one-tile", "one-tile-ring"],
+    ids=["all", "all-scanned", "ring", "ring-scanned", "one-tile", "one-tile-ring", "int8"],
 )
-def test_no_scatter_and_no_copy_of_a_block(compiled_text, batch, capacity, window, scanned):
-    config = CONFIG.replace(scan_layers=scanned, window=window)
+def test_no_scatter_and_no_copy_of_a_block(compiled_text, batch, capacity, changes):
+    config = CONFIG.replace(**changes)
     text = compiled_text(decode_loop(config, capacity, batch))
     opcodes = {opcode for opcode, _ in operations(text, 1)}
     assert {"while", "dynamic-update-slice"} <= opcodes | set(re.findall(r"\) (while)\(", text))
     assert not {opcode for opcode in opcodes if "scatter" in opcode}
-    block = CONFIG.shape.K * (window or capacity) * CONFIG.shape.H
+    block = CONFIG.shape.K * (config.window or capacity) * CONFIG.shape.H
     moved = [
         (opcode, name)
         for opcode, name in operations(text, block)

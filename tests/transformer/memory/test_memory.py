@@ -20,6 +20,7 @@ from transformer.memory.fold import Fold
 from transformer.memory.instruction import POSITIONS
 from transformer.memory.latent import Latent
 from transformer.memory.memory import Memory
+from transformer.memory.quantised import QuantisedSoftmax
 from transformer.memory.softmax import Softmax
 from transformer.modes.schedule import parallel
 
@@ -86,6 +87,8 @@ CASES = {
     "softmax, ring": Case(Softmax(window=5), **SOFTMAX, shared=normal(4)),
     "softmax, ring of all": Case(Softmax(window=CAPACITY), **SOFTMAX),
     "softmax, slopes": Case(Softmax(slopes=(0.5, 0.25, 0.1, 0.05), backend="reference"), **SOFTMAX),
+    "softmax, int8": Case(QuantisedSoftmax(Softmax(soft_cap=2.0)), **SOFTMAX, shared=normal(4)),
+    "softmax, int8, ring": Case(QuantisedSoftmax(Softmax(window=5)), **SOFTMAX),
     "latent": Case(
         Latent(6), normal(8), (normal(3, 4), normal(3, 2)), (normal(6, 3, 4), normal(6, 3, 5))
     ),
@@ -125,6 +128,10 @@ every_case = pytest.mark.parametrize("name", CASES)
 # Without those that differ from another one only in which cells there are.
 most_cases = pytest.mark.parametrize(
     "name", [name for name in CASES if not name.endswith((" of all", " of one", "softmax"))]
+)
+
+differentiable_cases = pytest.mark.parametrize(
+    "name", [name for name in most_cases.args[1] if "int8" not in name]
 )
 
 
@@ -189,7 +196,7 @@ def close(a, b, tolerance=TOLERANCE):
         np.testing.assert_allclose(np.float64(x), np.float64(y), 0, tolerance)
 
 
-@most_cases
+@differentiable_cases
 @in_float64
 def test_a_chunk_is_the_scan_of_step(name):
     """Outputs and gradients: a first chunk, one behind it with padding, packed documents."""
@@ -270,7 +277,7 @@ def test_a_token_at_0_begins_a_sequence_whatever_the_block_holds(name):
     cells, queries = make(case.cell, rng, 5), make(case.query, rng, 5)
     shared = make(case.shared, rng)
     empty = Cache.empty(CAPACITY, [(case.memory, shapes(cells))])
-    used = jax.tree.map(lambda x: 100 * rng.standard_normal(x.shape), empty)
+    used = jax.tree.map(lambda x: (100 * rng.standard_normal(x.shape)).astype(x.dtype), empty)
 
     @jax.jit
     def results(cache):
@@ -350,7 +357,7 @@ def test_rows_are_sequences_one_by_one(name):
         close(actual, expected)
 
 
-@most_cases
+@differentiable_cases
 @in_float64
 def test_axes_of_sequences_and_positions_come_in_any_order(name):
     """Also what is computed again for the gradient is the same."""

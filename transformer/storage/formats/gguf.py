@@ -89,7 +89,7 @@ def read(
     metadata, tensors = read_file(path)
     try:
         family, config = _config(metadata, tensors, str(path))
-        config = config.replace(dtype=dtype or "float32")
+        config = config.replace(dtype=dtype or "float32", cache_dtype=keeping.cache)
         named = _named(family, config, tensors, metadata["general.architecture"])
         params = read_params(family, config, named, np.dtype(config.dtype), keeping)
         return config, params, read_tokenizer(metadata)

@@ -103,7 +103,7 @@ def read_directory(
         raise ValueError(f"{path}: {error}") from error
     tensors = mxfp4.unpacked(read_tensors(directory))
     dtype = dtype or _stored_dtype(tensors)
-    config = config.replace(dtype=dtype)
+    config = config.replace(dtype=dtype, cache_dtype=keeping.cache)
     try:
         params = read_params(family, config, tensors, np.dtype(dtype), keeping)
     except ValueError as error:

@@ -225,3 +225,14 @@ def test_matrices_are_kept_in_int8_as_they_are_read(published_named, reference):
     found = run(program(rounded.config), rounded.params, cache, tokens)[1]
     # Each of 255 steps is 0.8 % of the largest number of its group.
     assert np.abs(found - logits).max() < 0.1 * np.abs(logits).max()
+
+
+def test_keys_and_values_are_kept_in_int8(published_named, reference):
+    path = published_named("llama")
+    tokens, logits, _ = reference(path)
+    model = load(path, cache="int8")
+    cache = init_cache(model.config, len(tokens))
+    found = run(program(model.config), model.params, cache, tokens)[1]
+    assert 0 < np.abs(found - logits).max() < 0.1 * np.abs(logits).max()
+    with pytest.raises(ValueError, match="cache='int4'; choose one of int8, or None"):
+        load(path, cache="int4")
