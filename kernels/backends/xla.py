@@ -25,6 +25,7 @@ from kernels.tracing.partition import vary_like
 QUERY_ROWS = 256
 KEY_TILE = 256
 LARGE_KEY_TILE = 1024  # of one query, which only reads: nearer to the speed of memory
+FEW = 8  # queries: those of one token that share a key head
 PARTS = 8  # of the cells that one query reads at once
 # Stands for -inf: finite, so that the difference of two masked maxima is 0 and not nan.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -363,9 +364,9 @@ def _peak(a, b):
 
 def _scores(q, key):
     """q [B, K, t, G, H] on a tile of keys [B, K, s, H] -> [B, K, t, G, s]."""
-    if q.shape[2] * q.shape[3] > 1:
+    if q.shape[2] * q.shape[3] > FEW:
         return _dot("bktgh,bksh->bktgs", q, key)
-    # Keys first, as they lie: for one query XLA would transpose the whole tile otherwise.
+    # Keys first, as they lie: for few queries XLA would transpose the whole tile otherwise.
     return jnp.moveaxis(_dot("bksh,bktgh->bkstg", key, q), 2, 4)
 
 

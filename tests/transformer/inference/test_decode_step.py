@@ -63,9 +63,13 @@ HARMLESS = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-updat
         (4096, {"window": 3500, "scan_layers": True}),
         (128, {}),
         (4096, {"window": 128}),
+        (4096, {"num_kv_heads": 1}),
         (4096, {"cache_dtype": "int8"}),
     ],
-    ids=["all", "all-scanned", "ring", "ring-scanned", "one-tile", "one-tile-ring", "int8"],
+    ids=[
+        *("all", "all-scanned", "ring", "ring-scanned", "one-tile", "one-tile-ring"),
+        *("grouped", "int8"),
+    ],
 )
 def test_no_scatter_and_no_copy_of_a_block(compiled_text, batch, capacity, changes):
     config = CONFIG.replace(**changes)
@@ -73,7 +77,7 @@ def test_no_scatter_and_no_copy_of_a_block(compiled_text, batch, capacity, chang
     opcodes = {opcode for opcode, _ in operations(text, 1)}
     assert {"while", "dynamic-update-slice"} <= opcodes | set(re.findall(r"\) (while)\(", text))
     assert not {opcode for opcode in opcodes if "scatter" in opcode}
-    block = CONFIG.shape.K * (config.window or capacity) * CONFIG.shape.H
+    block = config.shape.K * (config.window or capacity) * CONFIG.shape.H
     moved = [
         (opcode, name)
         for opcode, name in operations(text, block)
