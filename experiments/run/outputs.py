@@ -14,6 +14,7 @@ from transformer.config import Config
 from transformer.data.tokenizer import Tokenizer
 from transformer.devices import hosts
 from transformer.files import write_json
+from transformer.storage.arrays import checksum
 from transformer.storage.checkpoint import Checkpoints
 from transformer.storage.model import write_description
 
@@ -36,7 +37,7 @@ class Outputs:
         opened: contextlib.ExitStack,
     ):
         """Opens the files to go on after the step `start`; they are closed with the stack."""
-        self._experiment, self._said = experiment, []
+        self._experiment, self._said, self._base = experiment, [], None
         kept = experiment.checkpoint
         workdir.mkdir(parents=True, exist_ok=True)
         # One process writes what people read; the others write theirs where it is thrown away.
@@ -62,6 +63,9 @@ class Outputs:
         self.metrics.flush()
         self.samples.flush()
         remembered = {"data": data, "config": self._experiment.to_dict()}
+        if state.base is not None:
+            self._base = self._base or checksum(state.base)
+            remembered["base"] = self._base
         self._checkpoints.save(step, checkpoint_items(state), remembered, loss)
 
     def say(self, text: str) -> None:

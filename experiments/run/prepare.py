@@ -30,6 +30,8 @@ from transformer.devices.layout import (
 )
 from transformer.devices.mesh import make_mesh
 from transformer.files import cache_folder
+from transformer.program.params import Params
+from transformer.storage.arrays import checksum
 from transformer.storage.checkpoint import FOLDER, CheckpointError, Checkpoints, LayoutError
 from transformer.storage.model import (
     CONFIG_FILE,
@@ -117,9 +119,9 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
     base_shardings = None if base is None else param_shardings(mesh, base)
     with named_in_full("train", Train):
         train_step = make_step(options, model, optimizer, shardings.replace(base=base_shardings))
-    start, state, data_state = 0, None, None
+    start, state, remembered = 0, None, {}
     if (workdir / FOLDER).exists():
-        start, state, data_state = restore(workdir, abstract, shardings, experiment)
+        start, state, remembered = restore(workdir, abstract, shardings, experiment)
         if start >= options.steps:
             return None
     if state is None and (given is None or adapts):
@@ -130,6 +132,7 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         state = jax.jit(begin, out_shardings=shardings)(params)
     if base is not None:
         state = state.replace(base=shard_params(mesh, base))
+        require_same_base(remembered, state.base, experiment.init.path)
 
     with named_in_full("data", Data):
         index, count = process_rows(mesh, data.batch_size)
@@ -147,8 +150,8 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
             held_out, tokenizer, data.batch_size, data.length, chat=data.chat
         )
     batches = iter(batches)
-    if data_state is not None:
-        batches.set_state(data_state)
+    if remembered:
+        batches.set_state(remembered["data"])
     with jax.set_mesh(mesh):
         train_step = train_step.lower(state, shard_batch(mesh, validation[0])).compile()
     return TrainingRun(
@@ -257,10 +260,10 @@ def make_tokenizer(data: Data, training: Sequence[Document]) -> Tokenizer:
 
 def restore(
     workdir: Path, abstract: TrainState, shardings: TrainState, experiment: Experiment
-) -> tuple[int, TrainState | None, dict | None]:
-    """Reads the newest good checkpoint: its step, the state and the state of the data.
+) -> tuple[int, TrainState | None, dict]:
+    """Reads the newest good checkpoint: its step, the state, and what else was remembered.
 
-    Without a checkpoint the step is 0, and the others are None.
+    Without a checkpoint they are 0, None and nothing.
     """
     target = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -269,7 +272,7 @@ def restore(
     )
     checkpoints = Checkpoints(workdir, read_only=True)
     if not checkpoints.steps:
-        return 0, None, None
+        return 0, None, {}
     newest_first = reversed(checkpoints.steps)
     try:
         restored = checkpoints.restore(lambda _: checkpoint_items(target), newest_first)
@@ -278,7 +281,25 @@ def restore(
     step = jax.device_put(np.int32(restored.step), shardings.step)
     names = {item: name for name, item in _item_names(abstract).items()}
     trained = {names[item]: tree for item, tree in restored.items.items()}
-    return restored.step, TrainState(step, **trained), restored.metadata["data"]
+    return restored.step, TrainState(step, **trained), restored.metadata
+
+
+def require_same_base(remembered: dict, base: Params, path: str) -> None:
+    """Refuses adapters that were trained on other parameters than those that they now change.
+
+    Args:
+      remembered: what the run's checkpoint remembers, which is the checksum of its base.
+      base: the parameters of the model at `path`.
+
+    Raises:
+      ValueError: they are not the same.
+    """
+    found = checksum(base)
+    if remembered.get("base", found) != found:
+        raise ValueError(
+            f"config.init.path={path!r} holds other parameters than those that the adapters of "
+            "this run were trained on; give that model, or begin anew in another --workdir."
+        )
 
 
 def checkpoint_items(state: TrainState) -> dict:

@@ -15,6 +15,6 @@ def segment(function):
         "segments": jax.checkpoint(function, static_argnums=0),
         "dots": jax.checkpoint(function, static_argnums=0, policy=dots),
     }
-    # Layers that are alike are traced and lowered once. XLA puts the function back into its callers.
+    # Layers that are alike are traced and lowered once; XLA puts each call in its place.
     traced = {name: jax.jit(run, static_argnums=0) for name, run in recomputed.items()}
     return lambda spec, *operands: traced[spec.config.remat](spec, *operands)

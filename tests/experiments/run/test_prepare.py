@@ -180,6 +180,13 @@ def test_adapters_are_trained_on_conversations_and_merged(experiment, model, tmp
     assert again.start == 2
     jax.tree.map(np.testing.assert_array_equal, again.state.base, model.params)
     assert np.any(again.state.params.adapters["layers.0.mixer.query.weight"].b)
+    other = model.params.replace(embedding=model.params.embedding + 1)
+    save(Model(model.config, other, tokenizer), tmp_path / "other model")
+    with pytest.raises(ValueError, match="other parameters than those that the adapters of this"):
+        prepare(
+            experiment(train__steps=3, **changes | {"init__path": str(tmp_path / "other model")}),
+            workdir,
+        )
     with pytest.raises(CheckpointError, match=r"lora.rank was 2 and is 4. Go on with"):
         prepare(experiment(train__steps=3, **changes | {"lora__rank": 4}), workdir)
     with pytest.raises(ValueError, match=r"config.lora.targets=.*'queries'; choose from down"):
