@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from typing import Protocol
 
 import jax
@@ -19,7 +18,6 @@ from transformer.storage.keeping import Keeping
 
 NUMBERS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 _SHOWN = 3  # names in a message
-_READERS = 2  # tensors in memory in both forms at a time
 
 
 class Tensor(Protocol):
@@ -39,7 +37,7 @@ def read_params(
     dtype: np.dtype,
     keeping: Keeping,
 ) -> Params:
-    """Reads parameters, tensor by tensor: no more than two are in memory in both forms at a time.
+    """Reads parameters, tensor by tensor: no two are in memory in both forms at a time.
 
     Args:
       family: says which tensors hold which parameters.
@@ -52,21 +50,20 @@ def read_params(
       ValueError: tensors are missing, left over, of a wrong shape or of a wrong type; names them.
     """
     abstract = abstract_params(config)
-    shapes, place = flat(abstract), keeping.placing(abstract)
+    shapes, made, place = flat(abstract), {}, keeping.placing(abstract)
     published = {}
     find = _finder(family, tensors)
     table = list(entries(family.table(config), config))
     for entry in table:
         published |= {find(name): name for name in entry.published}
     _require_names(family, config, tensors, published)
-
-    def kept(entry):
-        read = _read(entry, config, tensors, find, dtype, shapes)
-        return [(name, place(name, x)) for name, x in zip(entry.ours, read, strict=True)]
-
-    with ThreadPoolExecutor(_READERS + 1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         prepare = pool.submit(_prepare, keeping, config, abstract, dtype)
-        made = dict(chain.from_iterable(pool.map(kept, table)))
+        for entry in table:
+            for name, x in zip(
+                entry.ours, _read(entry, config, tensors, find, dtype, shapes), strict=True
+            ):
+                made[name] = place(name, x)
         prepare.result()
     return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in shapes])
 
