@@ -28,10 +28,7 @@ NAMES = ("init", "empty", "VOCAB_SIZE")  # what a module has beside its program
 
 def main(argv):
     del argv
-    given = [flag for flag in (_PROGRAM, _PRESET, _WORKDIR) if flag.value is not None]
-    if len(given) != 1:
-        cli.fail("give one of --program=module:function, --preset=NAME and --workdir=DIR.")
-    if _PROGRAM.value is not None:
+    if cli.one_of({"module:function": _PROGRAM, "NAME": _PRESET, "DIR": _WORKDIR}) is _PROGRAM:
         checked = of_program(_PROGRAM.value, _CAPACITY.value)
     else:
         checked = _of_config(_CAPACITY.value)

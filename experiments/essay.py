@@ -30,8 +30,7 @@ _LENGTHS = flags.DEFINE_list("lengths", ["32", "64", "128"], "Numbers of tokens 
 
 def main(argv):
     del argv
-    if (_WORKDIR.value is None) == (_MODEL.value is None):
-        cli.fail("give one of --workdir=DIR and --model=PATH.")
+    source = cli.one_of({"DIR": _WORKDIR, "PATH": _MODEL})
 
     from experiments.suites import essay
     from experiments.suites.claims import judge
@@ -41,7 +40,7 @@ def main(argv):
     from transformer.storage.model import load
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
-        model = load(_WORKDIR.value or _MODEL.value)
+        model = load(source.value)
         documents = split(read_corpus(_TEXT.value), _FRACTION.value)[1]
         rows = rows_of(model.tokenizer, documents, _DOCUMENTS.value, _LENGTH.value)
         out = Path(_OUT.value)

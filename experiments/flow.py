@@ -6,8 +6,8 @@
 
 It writes flow.png, flow.svg and flow.html, one page that needs no network. Tokens go across and
 blocks upward, one square a cell. On the page, choose a token to see through which cells its
-prediction came, and a cell to cut it off from all queries. With --serve the page comes from a small
-server on this machine, which also cuts single reads.
+prediction came, and a cell to cut it off from all queries; the strongest reads can be cut one by
+one. With --serve the page comes from a small server on this machine, which also cuts the others.
 """
 
 from pathlib import Path
@@ -26,10 +26,9 @@ MOST = 64  # tokens: the page has a square for each, and a run for each cell tha
 
 def main(argv):
     del argv
-    if (_WORKDIR.value is None) == (_MODEL.value is None):
-        cli.fail("give one of --workdir=DIR and --model=PATH.")
+    source = cli.one_of({"DIR": _WORKDIR, "PATH": _MODEL})
 
-    from experiments.suites.flow import page, server, texts
+    from experiments.suites.flow import cut_reads, page, server, texts
     from transformer.insight import flow, plot_flow
     from transformer.program.init import init_cache
     from transformer.program.program import program
@@ -37,7 +36,7 @@ def main(argv):
     from transformer.storage.model import load
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
-        model = load(_WORKDIR.value or _MODEL.value)
+        model = load(source.value)
         tokens = [*model.tokenizer.document_start, *model.tokenizer.encode(_PROMPT.value)]
         most = min(MOST, model.config.max_length)
         if len(tokens) > most:
@@ -49,11 +48,13 @@ def main(argv):
         figure = plot_flow(found, texts(model.tokenizer, tokens))
         for name in ("flow.png", "flow.svg"):
             figure.savefig(out / name, dpi=150)
-        (out / "flow.html").write_text(page(found, model.tokenizer))
+        cuts = cut_reads(f, model.params, cache, found)
+        (out / "flow.html").write_text(page(found, cuts, model.tokenizer))
     print(f"wrote flow.png, flow.svg and flow.html in {out}")
     if _SERVE.value is not None:
-        html = page(found, model.tokenizer, served=True)
-        with cli.user_errors(OSError), server(f, model, cache, tokens, html, _SERVE.value) as http:
+        html = page(found, cuts, model.tokenizer, served=True)
+        given = f, model.params, cache, found, html, _SERVE.value
+        with cli.user_errors(OSError), server(*given) as http:
             serve(http)
 
 

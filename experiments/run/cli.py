@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags
@@ -119,6 +119,19 @@ def _text(error):
 def silence() -> None:
     """Prints nothing to stdout any more, as another process does; errors still go to stderr."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def one_of(choices: Mapping[str, flags.FlagHolder]) -> flags.FlagHolder:
+    """The one flag that was given; where none was, or several, the program ends.
+
+    Args:
+      choices: the flags by what they take, such as DIR.
+    """
+    given = [flag for flag in choices.values() if flag.value is not None]
+    if len(given) == 1:
+        return given[0]
+    *first, last = [f"--{flag.name}={takes}" for takes, flag in choices.items()]
+    fail(f"give one of {', '.join(first)} and {last}.")
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.suites.flow import page, server
+from experiments.suites.flow import cut_reads, page, server
 from transformer.insight import flow
 from transformer.program.init import init_cache
 from transformer.program.program import program
@@ -42,9 +42,10 @@ def served(workdir):
     """A running server: -> (its address, the page)."""
     model = load(workdir)
     tokens = [model.tokenizer.end_of_document, *model.tokenizer.encode("</a>")]
-    f, cache = program(model.config), init_cache(model.config, len(tokens))
-    html = page(flow(f, model.params, cache, tokens), model.tokenizer, served=True)
-    with server(f, model, cache, tokens, html, port=0) as http:
+    given = program(model.config), model.params, init_cache(model.config, len(tokens))
+    found = flow(*given, tokens)
+    html = page(found, cut_reads(*given, found), model.tokenizer, served=True)
+    with server(*given, found, html, port=0) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/", html
         http.shutdown()
@@ -73,6 +74,8 @@ def test_the_page_stands_alone_and_holds_its_data(served):
     for t, reads in enumerate(data["reads"]):
         assert all(block < 2 and cell <= reader <= t for block, reader, cell, _ in reads)
     assert {str(x) for x in data["predicted"]} <= data["names"].keys()
+    strongest = " ".join(map(str, data["reads"][4][0][:3]))
+    assert len(data["cut_reads"][strongest]) == 5
     for word in ("aria-live", "aria-label", "aria-pressed", "focus-visible", "ArrowLeft"):
         assert word in html
 
@@ -84,8 +87,10 @@ def test_the_server_cuts_reads(served):
     with urllib.request.urlopen(f"{address}cut", data=body) as answer:
         found = json.load(answer)
     assert len(found) == 5 and all(0 < probability <= 1 for _, probability in found)
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(f"{address}cut", data=b"{}")
+    later = json.dumps({"block": 1, "query": 1, "cell": 3}).encode()
+    for wrong in (b"{}", later):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(f"{address}cut", data=wrong)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to show the page")

@@ -3,8 +3,9 @@
 from transformer.insight.attribution import attribution, contributions, gradients
 from transformer.insight.direct import Direct, direct
 from transformer.insight.edits import add, cut, edit, patch, replace, scale
-from transformer.insight.flow import Flow, edges, flow
+from transformer.insight.flow import Flow, edges, flow, without_reads
 from transformer.insight.intervene import Intervened, intervene
+from transformer.insight.jacobian import jacobian
 from transformer.insight.lens import TunedLens, lens, tune
 from transformer.insight.names import hooks
 from transformer.insight.patching import activation_patching, path_patching
@@ -32,6 +33,7 @@ __all__ = [
     "gradients",
     "hooks",
     "intervene",
+    "jacobian",
     "lens",
     "patch",
     "path_patching",
@@ -41,4 +43,5 @@ __all__ = [
     "stream",
     "trace",
     "tune",
+    "without_reads",
 ]

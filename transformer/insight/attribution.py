@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from transformer.insight.edits import Change
 from transformer.insight.intervene import intervene
+from transformer.insight.positions import token_index
 from transformer.insight.trace import Reading, Trace, attention, by_position, trace
 from transformer.memory.cache import Cache
 from transformer.memory.latent import Latent
@@ -74,8 +75,11 @@ def contributions(seen: Trace, block: int, position: int, toward):
     Returns:
       [S], of the cells from position 0 to the last token's. Of cells that were in the cache before
       the trace, those of attention are known; the others are 0.
+
+    Raises:
+      ValueError: there is no such token.
     """
-    reading = seen.written[block]
+    reading, position = seen.written[block], token_index(position, len(seen.tokens))
     if isinstance(reading.memory, Softmax | Latent):
         near, of, weights = attention(reading, seen.positions, jnp.asarray([position]))
         along = jnp.einsum("snh,nh->sn", of.v, toward, precision="highest")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from transformer.insight.positions import token_index
 from transformer.insight.residual import Place, config_of, places, stream
 from transformer.insight.trace import Trace, attention, by_position
 from transformer.memory.latent import Latent
@@ -51,8 +52,10 @@ def direct(f, params: Params, trace: Trace, position: int, direction) -> Direct:
 
     Raises:
       TypeError: f was not made by `program`.
+      ValueError: there is no such token.
     """
     config, found, made = config_of(f), list(places(f, params, trace)), stream(f, params, trace)
+    position = token_index(position, len(trace.tokens))
     if jnp.ndim(direction) == 0:
         direction = jax.nn.one_hot(direction, params.vocab_size)
     norms = [(x.params.mixer_post_norm, x.params.feed_forward_post_norm) for x in found]

@@ -12,7 +12,6 @@ import jax
 
 from transformer.insight.residual import config_of, places, stream
 from transformer.insight.trace import Trace
-from transformer.memory.softmax import Softmax
 from transformer.program.params import Params
 
 
@@ -32,8 +31,10 @@ def hooks(f, params: Params, seen: Trace) -> dict[str, Hook]:
     """The parts of a run by the names of TransformerLens's hooks, such as `blocks.0.attn.hook_q`.
 
     Queries and keys are those that meet in the scores: where positions are rotary they have been
-    turned, and their hooks are `hook_rot_q` and `hook_rot_k`. The other way round, from a name here
-    to the hook, is `{hook.here: name for name, hook in hooks(...).items()}`.
+    turned, and their hooks are `hook_rot_q` and `hook_rot_k`; those of a delta rule have the length
+    1, and there is one for each head of values. Latent attention never makes keys and values of
+    heads; what its cells hold is `hook_kv_latent` and, turned, `hook_rot_k`. The other way round,
+    from a name here to the hook, is `{hook.here: name for name, hook in hooks(...).items()}`.
 
     Args:
       f, params, seen: as in `stream`.
@@ -48,18 +49,9 @@ def hooks(f, params: Params, seen: Trace) -> dict[str, Hook]:
     for n, place in enumerate(places(f, params, seen)):
         for name, part in STREAM.items():
             of_stream(f"blocks.{n}.{name}", part, n)
-        reading = place.readings[-1]
-        if not isinstance(reading.memory, Softmax) or reading.again:
-            continue
-        b, at = reading.block, f"blocks.{n}.attn.hook_"
-        k, v = reading.cells
-        found |= {
-            f"{at}{rotary}q": Hook(f"seen.queries[{b}]", lambda x=reading: x.queries),
-            f"{at}{rotary}k": Hook(f"seen.cells[{b}][0]", lambda k=k: k),
-            f"{at}v": Hook(f"seen.cells[{b}][1]", lambda v=v: v),
-            f"{at}z": Hook(f"seen.reads[{b}]", lambda x=reading: x.z),
-            f"{at}pattern": Hook(f"seen.weights({b})", lambda b=b: seen.weights(b)),
-        }
+        if place.spec.kind in PARTS:
+            parts = PARTS[place.spec.kind](seen, place.readings[-1], rotary)
+            found |= {f"blocks.{n}.{name}": hook for name, hook in parts.items()}
     return found
 
 
@@ -71,3 +63,59 @@ STREAM = {
     "hook_mlp_out": "feed_forwards",
     "hook_resid_post": "after",
 }
+
+
+def _attention(seen, reading, rotary):
+    """The hooks of a layer of attention; one that reads a block again has no keys of its own."""
+    b, nth = reading.block, 0
+    if reading.again:
+        at = next(n for n, x in enumerate(seen.instructions) if x is reading)
+        nth = sum(x.block == b for x in seen.instructions[:at])
+        queries, reads, pattern = (
+            f"seen.instructions[{at}].queries",
+            f"seen.instructions[{at}].z",
+            f"seen.weights({b}, read={nth})",
+        )
+    else:
+        queries, reads, pattern = f"seen.queries[{b}]", f"seen.reads[{b}]", f"seen.weights({b})"
+    found = {
+        f"attn.hook_{rotary}q": Hook(queries, lambda: reading.queries),
+        "attn.hook_z": Hook(reads, lambda: reading.z),
+        "attn.hook_pattern": Hook(pattern, lambda: seen.weights(b, read=nth)),
+    }
+    if reading.again:
+        return found
+    return found | {
+        f"attn.hook_{rotary}k": Hook(f"seen.cells[{b}][0]", lambda: reading.cells[0]),
+        "attn.hook_v": Hook(f"seen.cells[{b}][1]", lambda: reading.cells[1]),
+    }
+
+
+def _latent(seen, reading, rotary):
+    """The hooks of a layer of latent attention."""
+    b, rank = reading.block, reading.memory.rank
+    cells = reading.cells
+    return {
+        "attn.hook_kv_latent": Hook(f"seen.cells[{b}][:, :{rank}]", lambda: cells[:, :rank]),
+        "attn.hook_rot_k": Hook(f"seen.cells[{b}][:, {rank}:]", lambda: cells[:, rank:]),
+        "attn.hook_rot_q": Hook(f"seen.queries[{b}][1]", lambda: reading.queries[1]),
+        "attn.hook_z": Hook(f"seen.reads[{b}]", lambda: reading.z),
+        "attn.hook_pattern": Hook(f"seen.weights({b})", lambda: seen.weights(b)),
+    }
+
+
+def _delta(seen, reading, rotary):
+    """The hooks of a layer of the delta rule, whose state has no weights."""
+    b = reading.block
+    found = {
+        f"linear_attn.hook_{name}": Hook(f"seen.cells[{b}][{n}]", lambda n=n: reading.cells[n])
+        for n, name in enumerate(("k", "v", "log_decay", "beta"))
+    }
+    return found | {
+        "linear_attn.hook_q": Hook(f"seen.queries[{b}]", lambda: reading.queries),
+        "linear_attn.hook_recurrence_out": Hook(f"seen.reads[{b}]", lambda: reading.z),
+    }
+
+
+# What a layer of each kind has: functions (trace, its last instruction, "rot_" or "") -> hooks.
+PARTS = {"attention": _attention, "latent": _latent, "delta": _delta}

@@ -22,24 +22,31 @@ def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: f
 
     edges = np.asarray(flow.edges)[position]
     blocks, length, _ = edges.shape
-    figure = Picture(figsize=(max(4, 0.55 * length), 1.2 + 0.7 * blocks), layout="constrained")
+    last, row = position % length, 0.7 if blocks <= 8 else 0.4  # inches from block to block
+    size = max(5, 1.5 + 0.6 * length), 1.8 + row * (blocks + 1)
+    figure = Picture(figsize=size, layout="constrained")
     axes = figure.subplots()
     for block, reader, cell, weight in strong(edges, threshold):
         color = "tab:blue" if weight > 0 else "tab:orange"
         share = abs(weight) / np.abs(edges).max()
-        ends = [cell, reader], [block, block + 0.72]
-        axes.plot(*ends, color=color, linewidth=4 * share, alpha=0.75, zorder=1)
+        # What is read goes into the reader's cell of the next block, or into its prediction.
+        ends = [cell, reader], [block, block + 1]
+        axes.plot(*ends, color=color, linewidth=0.5 + 4 * share, alpha=0.75, zorder=1)
     at = np.meshgrid(np.arange(length), np.arange(blocks))
     owed = np.abs(edges).sum(1)
     colors = owed / (owed.max() or 1)
     axes.scatter(
         *at, c=colors, marker="s", s=90, cmap="Greys", vmin=0, vmax=1, edgecolors="black", zorder=2
     )
+    axes.scatter(last, blocks, marker="o", s=90, color="black", zorder=2)
     axes.set_xticks(range(length), [repr(text)[1:-1] for text in texts], rotation=60, ha="right")
-    axes.set_yticks(range(blocks), [f"block {n}" for n in range(blocks)])
-    axes.set_ylim(-0.5, blocks)
-    behind = f"reads behind the prediction after token {position % length}"
-    axes.set_title(f"{behind}: blue for it, orange against", fontsize=10)
+    axes.set_yticks(range(blocks + 1), [*(f"block {n}" for n in range(blocks)), "prediction"])
+    axes.set_xlim(-0.6, length - 0.4)
+    axes.set_ylim(-0.6, blocks + 0.6)
+    figure.suptitle(
+        f"Reads behind the prediction after token {last}:\nblue for it, orange against it",
+        fontsize=10,
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

@@ -45,3 +45,17 @@ def first(positions) -> int:
     if positions is None or isinstance(positions, jax.core.Tracer):
         return 0
     return int(positions.min()) if positions.size else np.iinfo(np.int32).max
+
+
+def token_index(index, count: int):
+    """Indices of tokens of a trace of `count`, from the end where negative: checked if known.
+
+    Raises:
+      ValueError: there is no such token, which JAX would take for the nearest that there is.
+    """
+    if isinstance(index, slice | jax.core.Tracer):
+        return index
+    wrong = [int(x) for x in np.ravel(index) if not -count <= x < count]
+    if wrong:
+        raise ValueError(f"token {wrong[0]} of {count}; give an index from 0 to {count - 1}.")
+    return jnp.asarray(index)

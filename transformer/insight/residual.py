@@ -15,7 +15,7 @@ from transformer.insight.trace import Reading, Trace
 from transformer.program.feed_forward import feed_forward
 from transformer.program.layers import KINDS, Layer, residual
 from transformer.program.linear import norm
-from transformer.program.params import Params
+from transformer.program.params import Params, unscanned
 from transformer.program.program import embed
 from transformer.program.spec import LayerSpec, layer_specs
 
@@ -136,12 +136,8 @@ def block_layers(f, params: Params, trace: Trace) -> tuple[int, ...]:
 
 def places(f, params: Params, trace: Trace) -> Iterator[Place]:
     """The layers of a program made by `program`, each with its part of a trace."""
-    config, readings = config_of(f), iter(trace.instructions)
-    specs = layer_specs(config.replace(scan_layers=False), KINDS, numerics=f.numerics)
-    for n, spec in enumerate(specs):
-        layer, repeat = params.layers, None
-        if config.scan_layers:
-            repeat, n = divmod(n, len(layer))
-        layer = layer[n] if repeat is None else jax.tree.map(lambda x, r=repeat: x[r], layer[n])
+    config, params = unscanned(config_of(f), params)
+    readings, specs = iter(trace.instructions), layer_specs(config, KINDS, numerics=f.numerics)
+    for spec, layer in zip(specs, params.layers, strict=True):
         count = 1 if spec.reads is not None else len(KINDS[spec.kind].blocks(spec))
         yield Place(spec, layer, [next(readings) for _ in range(count)])

@@ -1,5 +1,6 @@
 """All that the tokens of a sequence tell each other, kept: every cell, query and read."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformer.checks import whole_number
 from transformer.insight.cells import Seen, seen
 from transformer.insight.cutting import Hidden, Hiding, hides, shown
 from transformer.insight.intervene import Intervened, with_edits
+from transformer.insight.positions import token_index
 from transformer.insight.weights import heads, weights
 from transformer.memory.cache import Cache
 from transformer.memory.instruction import POSITIONS
@@ -97,7 +99,7 @@ class Trace:
         """Of each block what the tokens read: pytrees with a leading axis T."""
         return tuple(x.z for x in self.written)
 
-    def weights(self, block: int, queries=None):
+    def weights(self, block: int, queries=None, *, read: int = 0):
         """The weights of attention of a block: how much of which cell each query head reads.
 
         They are made when they are asked for, T x S numbers for each head; for long sequences, ask
@@ -106,21 +108,32 @@ class Trace:
         Args:
           block: the number of the block.
           queries: which tokens of the trace, as an index into T: a slice or a list; None: all.
+          read: which read of the block: 0 is the one that came with writing it; then come those
+            that read it again, as of layers that share keys and values.
 
         Returns:
           [N, queries, S], S the positions from 0 to the last token's.
 
         Raises:
-          ValueError: the block's memory has no weights.
+          ValueError: there is no such block, token or read, or the block's memory has no weights.
         """
-        near, _, weights = attention(self.written[block], self.positions, queries)
+        near, _, weights = attention(self._reading(block, read), self.positions, queries)
         return by_position(near, weights, self.length).swapaxes(0, 1)
 
-    def tiles(self, block: int, size: int = 128):
+    def tiles(self, block: int, size: int = 128, *, read: int = 0):
         """`weights` for `size` queries at a time: pairs (slice of T, weights)."""
         for begin in range(0, len(self.tokens), whole_number("size", size, least=1)):
             queries = slice(begin, min(begin + size, len(self.tokens)))
-            yield queries, self.weights(block, queries)
+            yield queries, self.weights(block, queries, read=read)
+
+    def _reading(self, block, read):
+        count, block, read = len(self.written), operator.index(block), whole_number("read", read)
+        if not -count <= block < count:
+            raise ValueError(f"block {block} was not traced; there are blocks 0 to {count - 1}.")
+        reads = [x for x in self.instructions if x.block == block % count]
+        if read >= len(reads):
+            raise ValueError(f"read={read}; block {block} was read {len(reads)} times.")
+        return reads[read]
 
 
 def trace(f: Callable, params, cache: Cache, tokens, start: int = 0) -> Trace:
@@ -208,15 +221,14 @@ def attention(reading: Reading, positions, queries=None):
       queries: as in `Trace.weights`.
 
     Raises:
-      ValueError: the block's memory has no weights.
+      ValueError: there is no such token, or the block's memory has no weights.
     """
     if not isinstance(reading.memory, Softmax | Latent):
         raise ValueError(
             f"block {reading.block} is kept by {reading.memory}, whose reads have no weights; "
             "transformer.insight.contributions tells how much of a read comes from which cell."
         )
-    which = slice(None) if queries is None else queries
-    which = which if isinstance(which, slice) else jnp.asarray(which)
+    which = slice(None) if queries is None else token_index(queries, len(positions))
     pick = lambda tree: jax.tree.map(lambda x: x[which], tree)
     near = seen(reading.memory, reading.before, positions, reading.cells)
     of = heads(reading.memory, pick(reading.queries), near.cells, reading.shared)

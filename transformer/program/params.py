@@ -3,6 +3,7 @@
 import jax
 from flax import struct
 
+from transformer.config import Config
 from transformer.program.layers import Layer
 from transformer.program.linear import Linear, Norm
 
@@ -30,3 +31,14 @@ class Params:
     def vocab_size(self) -> int:
         """V."""
         return self.embedding.shape[0]
+
+
+def unscanned(config: Config, params: Params) -> tuple[Config, Params]:
+    """The same model with each layer by itself."""
+    if not config.scan_layers:
+        return config, params
+    repeats = config.num_layers // len(config.pattern)
+    layers = tuple(
+        jax.tree.map(lambda x, n=n: x[n], layer) for n in range(repeats) for layer in params.layers
+    )
+    return config.replace(scan_layers=False), params.replace(layers=layers)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.insight import cut, flow, intervene, plot_flow
+from transformer.insight import cut, flow, intervene, plot_flow, without_reads
 from transformer.insight.plot import strong
 from transformer.modes.schedule import run
 
@@ -28,6 +28,17 @@ def test_the_flow_of_a_prompt(kind, model):
     probability = jax.nn.softmax(logits((cut(1, None, 2),))).max(-1)
     # float32, compiled otherwise.
     np.testing.assert_allclose(found.cut_probability[1, 2], probability, atol=1e-4)
+    last = blocks - 1
+    predicted, probability = without_reads(f, params, cache, found, [(last, 4, 1)])
+    expected = jax.nn.softmax(logits((cut(last, 4, 1),)))
+    assert np.array_equal(predicted[0], expected.argmax(-1))
+    np.testing.assert_allclose(probability[0], expected.max(-1), atol=1e-4)
+    with pytest.raises(ValueError, match="token 1 reading the cell of token 3 in block"):
+        without_reads(f, params, cache, found, [(last, 1, 3)])
+    if kind == "hybrid":
+        assert found.states == (1,)
+        with pytest.raises(ValueError, match="one of the blocks 0, 2, of a cell"):
+            without_reads(f, params, cache, found, [(1, 3, 1)])
     figure = plot_flow(found, list("abcde"), threshold=0.3)
     [axes] = figure.axes
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows

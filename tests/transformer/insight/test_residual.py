@@ -52,6 +52,56 @@ def test_hooks_have_the_names_of_transformer_lens(model, look):
         "blocks.0.hook_resid_mid": (10, 16),
     }
 
+    _values_are_what_names_say(f, params, seen, found, shapes)
+    f, params, cache, tokens = model("attention")
+    assert "blocks.0.attn.hook_rot_q" in hooks(f, params, look(f, params, cache, tokens))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        (
+            "latent",
+            {
+                "blocks.1.attn.hook_kv_latent": (10, 8),
+                "blocks.1.attn.hook_rot_k": (10, 4),
+                "blocks.1.attn.hook_rot_q": (10, 4, 4),
+                "blocks.1.attn.hook_pattern": (4, 10, 10),
+                "blocks.1.attn.hook_z": (10, 4, 4),
+            },
+        ),
+        (
+            "hybrid",
+            {
+                "blocks.0.linear_attn.hook_q": (10, 4, 4),
+                "blocks.0.linear_attn.hook_v": (10, 4, 4),
+                "blocks.0.linear_attn.hook_log_decay": (10, 4),
+                "blocks.0.linear_attn.hook_beta": (10, 4),
+                "blocks.0.linear_attn.hook_recurrence_out": (10, 4, 4),
+                "blocks.1.attn.hook_pattern": (4, 10, 10),
+            },
+        ),
+        (
+            "shared",
+            {
+                "blocks.2.attn.hook_rot_q": (10, 4, 4),
+                "blocks.2.attn.hook_pattern": (4, 10, 10),
+                "blocks.2.attn.hook_z": (10, 4, 4),
+            },
+        ),
+    ],
+)
+def test_hooks_of_other_layers(kind, shapes, model, look):
+    f, params, cache, tokens = model(kind)
+    seen = look(f, params, cache, tokens)
+    found = hooks(f, params, seen)
+    assert "blocks.1.hook_resid_mid" in found
+    names = [hook.here for hook in found.values()]
+    assert len(set(names)) == len(names)  # so that there is a way back
+    _values_are_what_names_say(f, params, seen, found, shapes)
+
+
+def _values_are_what_names_say(f, params, seen, found, shapes):
     @jax.jit
     def both():
         names = {"seen": seen, "stream": stream(f, params, seen)}
@@ -60,5 +110,3 @@ def test_hooks_have_the_names_of_transformer_lens(model, look):
     for name, (value, here) in both().items():
         assert value.shape == shapes[name]
         np.testing.assert_allclose(here, value, atol=1e-5)  # float32, compiled otherwise
-    f, params, cache, tokens = model("attention")
-    assert "blocks.0.attn.hook_rot_q" in hooks(f, params, look(f, params, cache, tokens))

@@ -87,6 +87,24 @@ def test_a_patch_from_another_prompt(model, look):
         np.testing.assert_array_equal(x, y)
 
 
+def test_weights_of_a_block_that_is_read_again(model, look):
+    """Each read has its own query, and so its own weights of the same cells."""
+    f, params, cache, tokens = model("shared")
+    seen = look(f, params, cache, tokens)
+    assert [(x.block, x.again) for x in seen.instructions] == [(0, False), (1, False), (1, True)]
+    value = seen.cells[1][1].repeat(4 // seen.cells[1][1].shape[1], axis=1)
+    for read, z in ((0, seen.reads[1]), (1, seen.instructions[2].z)):
+        made = jnp.einsum("nts,snh->tnh", seen.weights(1, read=read), value)
+        np.testing.assert_allclose(made, z, atol=1e-5)  # float32 sums of ten terms
+    for wrong, message in (
+        (lambda: seen.weights(0, read=1), "block 0 was read 1 time"),
+        (lambda: seen.weights(2), "blocks 0 to 1"),
+        (lambda: seen.weights(0, [3, 10]), "token 10 of 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
 def test_what_has_no_weights_says_so(model, look):
     f, params, cache, tokens = model("hybrid")
     with pytest.raises(ValueError, match=r"block 1 is kept by DeltaRule.*no weights"):

@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from transformer.config import Config
 from transformer.files import write_json
-from transformer.program.params import Params
+from transformer.program.params import Params, unscanned
 from transformer.storage.formats import mxfp4, safetensors
 from transformer.storage.formats.architectures import FAMILIES
 from transformer.storage.formats.family import Family
@@ -217,17 +216,6 @@ def write_directory(directory: Path, config: Config, params: Params, extra: dict
     values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     values |= extra | {"torch_dtype": dtype.name, "dtype": dtype.name}
     write_json(directory / CONFIG_FILE, values)
-
-
-def unscanned(config: Config, params: Params) -> tuple[Config, Params]:
-    """The same model with each layer by itself."""
-    if not config.scan_layers:
-        return config, params
-    repeats = config.num_layers // len(config.pattern)
-    layers = tuple(
-        jax.tree.map(lambda x, n=n: x[n], layer) for n in range(repeats) for layer in params.layers
-    )
-    return config.replace(scan_layers=False), params.replace(layers=layers)
 
 
 def _shards(shapes):
