@@ -10,6 +10,8 @@ Intervals are of 95 %, over documents that were held out of training.
 """
 
 import json
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,13 +26,14 @@ _TEXT = flags.DEFINE_string("text", None, "Glob of documents; default: Python's 
 _FRACTION = flags.DEFINE_float("fraction", 0.05, "The share of them that training held out.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 24, "How many are looked at.", lower_bound=4)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens of each.", lower_bound=8)
-_STEPS = flags.DEFINE_integer("steps", 150, "Of the small task's training.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 150, "Of the small task's training.", lower_bound=3)
 _LENGTHS = flags.DEFINE_list("lengths", ["32", "64", "128"], "Numbers of tokens that are timed.")
 
 
 def main(argv):
     del argv
     source = cli.one_of({"DIR": _WORKDIR, "PATH": _MODEL})
+    lengths = whole_numbers(_LENGTHS)
 
     from experiments.suites import essay
     from experiments.suites.claims import judge
@@ -45,16 +48,26 @@ def main(argv):
         rows = rows_of(model.tokenizer, documents, _DOCUMENTS.value, _LENGTH.value)
         out = Path(_OUT.value)
         out.mkdir(parents=True, exist_ok=True)
-        measures = essay.measures(model.config, model.params, rows)
-        learned = essay.feedback_beside_plain(_STEPS.value)
-        lengths = [int(length) for length in _LENGTHS.value]
         ways = essay.ways(model.config, model.params, lengths)
+        learned = essay.feedback_beside_plain(_STEPS.value)
+        measures = essay.measures(model.config, model.params, rows)
         claims = judge(measures, learned, ways)
         report = report_of(measures, ways, claims)
         (out / "essay.md").write_text(report)
         (out / "essay.json").write_text(figures(measures, learned, ways, claims))
         plot(measures, learned, ways).savefig(out / "essay.png", dpi=120)
     print(report)
+
+
+def whole_numbers(flag) -> list[int]:
+    """The numbers of a list on the command line, each at least 1."""
+    try:
+        numbers = [int(x) for x in flag.value]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        cli.fail(f"--{flag.name}={','.join(flag.value)}; give numbers of tokens, as in 32,64.")
+    return numbers
 
 
 def rows_of(tokenizer, documents, count: int, length: int):
@@ -74,9 +87,7 @@ def rows_of(tokenizer, documents, count: int, length: int):
 
 def report_of(measures, ways, claims) -> str:
     """The report, Markdown."""
-    which = f"--workdir={_WORKDIR.value}" if _MODEL.value is None else f"--model={_MODEL.value}"
-    command = f"python -m experiments.essay {which} --out={_OUT.value}"
-    command += f" --documents={_DOCUMENTS.value} --length={_LENGTH.value} --steps={_STEPS.value}"
+    command = f"python -m experiments.essay {shlex.join(sys.argv[1:])}"
     lines = ["# The claims, measured", "", f"    {command}", "", "## Claims", ""]
     for claim in claims:
         lines += [f"- **{claim.verdict.capitalize()}**: {claim.sentence} ({claim.figures}.)"]
@@ -137,7 +148,7 @@ def plot(measures, learned, ways):
     by_step, by_second = (panel("copying", x, "loss") for x in ("step", "seconds"))
     for x in learned:
         by_step.plot(x.losses, label=x.name)
-        by_second.plot([x.seconds * n for n in range(len(x.losses))], x.losses, label=x.name)
+        by_second.plot([sum(x.seconds[:n]) for n in range(len(x.losses))], x.losses, label=x.name)
     for name, unit in (("seconds", "s"), ("operations", "flop")):
         at = panel(f"running T tokens, {name}", "T", unit)
         for way in ways:

@@ -5,8 +5,8 @@ confidence over documents.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from scipy.stats import t
 
-from transformer.insight import contributions, intervene, lens, scale, trace
+from transformer.insight import contributions, intervene, scale, stream, trace
 from transformer.insight.residual import block_layers
 from transformer.memory.latent import Latent
 from transformer.memory.softmax import Softmax
@@ -23,7 +23,8 @@ from transformer.modes.depth import depth
 from transformer.modes.schedule import recompute, run
 from transformer.numerics.log_softmax import cross_entropy
 from transformer.program.init import init_cache
-from transformer.program.program import program
+from transformer.program.params import unscanned
+from transformer.program.program import program, unembed
 
 RIDGE = 1e-2  # of the probes, on cells of variance 1
 
@@ -82,7 +83,7 @@ def measures(config, params, documents: Sequence) -> list[Measure]:
         Measure("loss with reads from this block on only", "nats more", rise(lambda b: at >= b)),
         Measure("how far back it is read", "tokens", by_block("distance")),
         Measure("weight on the token's own cell", "share", by_block("own")),
-        Measure("the lens after it agrees with the model", "share", by_block("agrees")),
+        Measure("the lens before it agrees with the model", "share", by_block("agrees")),
         *_probes([np.stack(x) for x in zip(*cells, strict=True)], np.asarray(documents)),
     ]
 
@@ -106,7 +107,8 @@ def _looked(f, params, cache, tokens):
     shares = jnp.stack([_shares(seen, block) for block in range(len(seen.cells))])
     distance = (shares * (at[:, None] - at)).sum(-1).mean(1)
     own = jnp.diagonal(shares, axis1=1, axis2=2).mean(1)
-    agrees = (lens(f, params, seen).argmax(-1) == seen.logits.argmax(-1)).mean(1)
+    before = jax.vmap(jax.vmap(lambda x: unembed(f, params, x)))(stream(f, params, seen).before)
+    agrees = (before.argmax(-1) == seen.logits.argmax(-1)).mean(1)
     layers = jnp.array(block_layers(f, params, seen))
     flat = lambda x: x.reshape(len(at), -1)
     cells = [jnp.concatenate(list(map(flat, jax.tree.leaves(cell))), 1) for cell in seen.cells]
@@ -155,12 +157,13 @@ def _probe(x, targets, half):
 class Learned:
     """How a program of the examples learned a small task.
 
-    name: of the program. losses: after each step. seconds: of one step. depth: in instructions.
+    name: of the program. losses: before each step. seconds: of each step but the first, which is
+    compiled. depth: in instructions.
     """
 
     name: str
     losses: list[float]
-    seconds: float
+    seconds: list[float]
     depth: int
 
 
@@ -168,21 +171,27 @@ def feedback_beside_plain(steps: int, length: int = 24, rows: int = 16) -> list[
     """Trains plain attention and the feedback transformer of the examples, on copying.
 
     A row is random tokens, twice; the loss is that of the second half. The feedback transformer has
-    the sequential mode only, and plain attention is trained in the parallel one.
+    the sequential mode only, and plain attention is trained in the parallel one. They take their
+    steps in turn, so that what else the machine does weighs on both.
     """
     from examples.programs import attention
     from examples.programs.unlawful import feedback
 
-    found = []
+    found, training = [], []
     for name, module, chunk in (("plain", attention, None), ("feedback", feedback, 1)):
         params, cache = module.init(jax.random.key(0)), module.empty(length)
-        losses, seconds = _train(module.program, params, cache, chunk, steps, rows)
         chain = depth(module.program, params, cache, length if chunk is None else 1)
-        found.append(Learned(name, losses, seconds, chain if chunk is None else length * chain))
-    return found
+        found.append(Learned(name, [], [], chain if chunk is None else length * chain))
+        training.append(_training(module.program, params, cache, chunk, steps, rows))
+    for taken in zip(*training, strict=True):
+        for learned, (loss, seconds) in zip(found, taken, strict=True):
+            learned.losses.append(loss)
+            learned.seconds.append(seconds)
+    return [replace(x, seconds=x.seconds[1:]) for x in found]
 
 
-def _train(f: Callable, params, cache, chunk, steps, rows):
+def _training(f: Callable, params, cache, chunk, steps, rows) -> Iterator[tuple[float, float]]:
+    """Takes one step after the other: yields the loss before it, and its seconds."""
     half, optimizer = cache.capacity // 2, optax.adam(3e-3)
 
     def loss(params, key):
@@ -197,12 +206,11 @@ def _train(f: Callable, params, cache, chunk, steps, rows):
         updates, state = optimizer.update(slope, state)
         return optax.apply_updates(params, updates), state, value
 
-    state, losses, begun = optimizer.init(params), [], None
+    state = optimizer.init(params)
     for key in jax.random.split(jax.random.key(1), steps):
-        params, state, value = step(params, state, key)
-        losses.append(float(value))
-        begun = begun or time.perf_counter()  # the first step compiles
-    return losses, (time.perf_counter() - begun) / max(1, steps - 1)
+        begun = time.perf_counter()
+        params, state, value = jax.block_until_ready(step(params, state, key))
+        yield float(value), time.perf_counter() - begun
 
 
 @dataclass(frozen=True)
@@ -222,29 +230,35 @@ class Way:
 def ways(config, params, lengths: Sequence[int]) -> list[Way]:
     """Times and counts running T tokens in parallel, one by one, and without a cache.
 
-    XLA counts the body of a loop once; the two that go token by token are loops of T. A model whose
-    layers are scanned is counted with one repeat.
+    XLA counts the body of a loop once; so layers are counted one by one where the model scans them,
+    and what the two ways that go token by token do for a token is counted T times.
     """
-    f, found = program(config), []
+    apart, layers = unscanned(config, params)
+    found = []
     for name, way, in_loop in (
-        ("parallel", lambda *given: run(f, *given)[1], False),
-        ("one by one", lambda *given: run(f, *given, chunk=1)[1], True),
-        ("without a cache", lambda *given: recompute(f, *given)[1], True),
+        ("parallel", lambda f, *given: run(f, *given)[1], False),
+        ("one by one", lambda f, *given: run(f, *given, chunk=1)[1], True),
+        ("without a cache", lambda f, *given: recompute(f, *given)[1], True),
     ):
         seconds, operations = [], []
         for length in lengths:
-            operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
-            lowered = jax.jit(way).lower(*operands)
-            count = lowered.cost_analysis()["flops"]
+            lowered, operands = _lowered(way, config, params, length)
+            seconds.append(_seconds(lowered, operands))
+            count = _lowered(way, apart, layers, length)[0].cost_analysis()["flops"]
             operations.append(count * (length if in_loop else 1))
-            seconds.append(_seconds(lowered.compile(), operands))
         found.append(Way(name, list(lengths), seconds, operations))
     return found
 
 
-def _seconds(compiled, operands, repeats: int = 3) -> float:
+def _lowered(way, config, params, length):
+    """A way to run `length` tokens: -> (the program before it is compiled, its operands)."""
+    operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
+    return jax.jit(partial(way, program(config))).lower(*operands), operands
+
+
+def _seconds(lowered, operands, repeats: int = 3) -> float:
     """The shortest of some runs, after one that is not counted."""
-    taken = []
+    compiled, taken = lowered.compile(), []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
         compiled(*operands).block_until_ready()

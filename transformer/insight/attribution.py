@@ -77,9 +77,9 @@ def contributions(seen: Trace, block: int, position: int, toward):
       the trace, those of attention are known; the others are 0.
 
     Raises:
-      ValueError: there is no such token.
+      ValueError: there is no such block or token.
     """
-    reading, position = seen.written[block], token_index(position, len(seen.tokens))
+    reading, position = seen.reading(block), token_index(position, len(seen.tokens))
     if isinstance(reading.memory, Softmax | Latent):
         near, of, weights = attention(reading, seen.positions, jnp.asarray([position]))
         along = jnp.einsum("snh,nh->sn", of.v, toward, precision="highest")

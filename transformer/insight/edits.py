@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.checks import whole_number
-from transformer.insight.positions import among, first, positions
+from transformer.insight.positions import among, first, last, positions
 from transformer.memory.memory import where
 
 OF = ("cell", "query", "read")
@@ -46,6 +46,11 @@ class Change:
         """The first position at which the edit does anything."""
         return first(self.at)
 
+    @property
+    def last(self) -> int:
+        """The last position that it names."""
+        return last(self.at)
+
     def __call__(self, x, i, here):
         """x of the token at position i, changed where `here` and where the edit is about it."""
         new = self.function(x, i)
@@ -74,6 +79,11 @@ class Cut:
     def begins(self) -> int:
         """The first position at which the edit does anything."""
         return max(first(self.queries), first(self.cells))
+
+    @property
+    def last(self) -> int:
+        """The last position that it names."""
+        return max(last(self.queries), last(self.cells))
 
 
 def cut(
@@ -119,6 +129,10 @@ def patch(block: int, cells: int | Sequence[int], values: Any) -> Change:
                 f"a patch of {len(at)} cells takes values with a leading axis of {len(at)}, and "
                 f"one of them has the shape {list(jnp.shape(x))}."
             )
+    if isinstance(at, np.ndarray) and len(np.unique(at)) < len(at):
+        raise ValueError(f"cells={at.tolist()}; a patch writes each cell once.")
+    if not len(at):  # of nobody
+        return edit(block, at, lambda x: x)
     one = lambda i: jnp.argmax(at == i)
     return Change(
         block, "cell", at, lambda _, i: jax.tree.map(lambda x: jnp.asarray(x)[one(i)], values)
@@ -135,18 +149,18 @@ def replace(block: int, at, value, *, of: str = "cell") -> Change:
         all of its numbers, so that 0 erases.
       of: "cell", "query" or "read".
     """
-    return edit(block, at, lambda x: _spread(value, x), of=of)
+    return edit(block, at, lambda x: _spread(block, of, value, x), of=of)
 
 
 def scale(block: int, at, factor, *, of: str = "cell") -> Change:
     """Multiplies a cell, a query or a read by a number, or by a pytree like it; see `replace`."""
-    times = lambda x: jax.tree.map(jnp.multiply, x, _spread(factor, x))
+    times = lambda x: jax.tree.map(jnp.multiply, x, _spread(block, of, factor, x))
     return edit(block, at, times, of=of)
 
 
 def add(block: int, at, value, *, of: str = "cell") -> Change:
     """Adds a number, or a pytree like it, to a cell, a query or a read: steering; see `replace`."""
-    plus = lambda x: jax.tree.map(jnp.add, x, _spread(value, x))
+    plus = lambda x: jax.tree.map(jnp.add, x, _spread(block, of, value, x))
     return edit(block, at, plus, of=of)
 
 
@@ -159,20 +173,35 @@ def edit(block: int, at, function: Callable, *, of: str = "cell") -> Change:
       function: function(x) -> x, of one token: a pytree in, the same structure and shapes out.
       of: "cell", "query" or "read".
     """
+    if not callable(function):
+        raise TypeError(f"function={function!r}; an edit is a function(x) -> x, or see `replace`.")
     return Change(block, of, positions("at", at), lambda x, i: function(x))
 
 
-def _spread(value, x):
+def _spread(block, of, value, x):
     """A value like x; one number stands for all numbers of x."""
+    value = jax.tree.map(jnp.asarray, value)
     if jax.tree.structure(value) == jax.tree.structure(0) and jnp.ndim(value) == 0:
         return jax.tree.map(lambda x: jnp.full_like(x, value), x)
+    if not _alike(value, x):
+        raise ValueError(
+            f"a {of} of block {block} has the shapes {_shapes(x)}, and an edit gives one of shapes "
+            f"{_shapes(value)}; give one like it, or one number for all of it."
+        )
     return value
 
 
 def _require_alike(change, new, x):
-    shapes = lambda tree: jax.tree.map(lambda x: list(jnp.shape(x)), tree)
-    if jax.tree.structure(new) != jax.tree.structure(x) or shapes(new) != shapes(x):
+    if not _alike(new, x):
         raise ValueError(
-            f"an edit of a {change.of} of block {change.block} made {shapes(new)} of one of shapes "
-            f"{shapes(x)}; the structure and the shapes must stay as they are."
+            f"an edit of a {change.of} of block {change.block} made {_shapes(new)} of one of "
+            f"shapes {_shapes(x)}; the structure and the shapes must stay as they are."
         )
+
+
+def _alike(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and _shapes(a) == _shapes(b)
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda x: list(jnp.shape(x)), tree)

@@ -77,10 +77,12 @@ def intervene(f: Callable, edits: Sequence[Change | Cut]) -> Intervened:
       A program with the same signature.
 
     Raises:
-      TypeError: something is not an edit.
-      ValueError: when it runs: a block does not exist, an edit does not fit what it is about, or
-        the block's memory cannot be cut so.
+      TypeError: f is no function, or something is not an edit.
+      ValueError: when it runs: a block or a position does not exist, an edit does not fit what it
+        is about, or the block's memory cannot be cut so.
     """
+    if not callable(f) or isinstance(edits, Change | Cut):
+        raise TypeError("intervene takes a program, and then a list of edits: [cut(...), ...].")
     edits = tuple(edits)
     for edit in edits:
         if not isinstance(edit, Change | Cut):
@@ -109,6 +111,11 @@ def with_edits(f: Callable, edits: Sequence[Change | Cut], record: Callable) -> 
             if edit.block >= total:
                 raise ValueError(
                     f"an edit is of block {edit.block}; the cache has the blocks 0 to {total - 1}."
+                )
+            if edit.last >= cache.capacity:
+                raise ValueError(
+                    f"an edit of block {edit.block} names position {edit.last}; the cache has "
+                    f"those from 0 to {cache.capacity - 1}."
                 )
 
         def take(instruction):

@@ -25,7 +25,11 @@ def activation_patching(f: Callable, params, cache: Cache, clean, corrupt, metri
 
     Returns:
       [blocks, T], the number with each cell patched.
+
+    Raises:
+      ValueError: the prompts differ in length.
     """
+    _require_alike(clean, corrupt)
     source = trace(f, params, cache, clean)
     blocks, length = len(source.cells), len(source.tokens)
 
@@ -53,15 +57,19 @@ def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Cal
 
     Returns:
       [T, T], the number for each token that reads, and each cell; no cell lies after the token.
+
+    Raises:
+      ValueError: the prompts differ in length, or there is no such block.
     """
+    _require_alike(clean, corrupt)
     source, base = (trace(f, params, cache, tokens) for tokens in (clean, corrupt))
-    reading, length = base.written[block], len(base.tokens)
+    reading, length = base.reading(block), len(base.tokens)
     plain = metric(base.logits)
 
     def one(edge):
         t, s = edge
         put = lambda x, new: x.at[s].set(new[s])
-        cells = jax.tree.map(put, reading.cells, source.cells[block])
+        cells = jax.tree.map(put, reading.cells, source.reading(block).cells)
         z = jax.tree.map(lambda x: x[t], again(reading, base.positions, cells))
         g = intervene(f, [replace(block, t[None], z, of="read")])
         return metric(run(g, params, cache, corrupt)[1])
@@ -69,3 +77,11 @@ def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Cal
     edges = jnp.stack(jnp.tril_indices(length), 1)
     values = jax.lax.map(lambda edge: one((edge[0], edge[1])), edges)
     return jnp.full((length, length), plain).at[edges[:, 0], edges[:, 1]].set(values)
+
+
+def _require_alike(clean, corrupt):
+    if len(clean) != len(corrupt):
+        raise ValueError(
+            f"the prompts have {len(clean)} and {len(corrupt)} tokens; cells are exchanged "
+            "position by position, so both must have as many."
+        )

@@ -47,15 +47,25 @@ def first(positions) -> int:
     return int(positions.min()) if positions.size else np.iinfo(np.int32).max
 
 
+def last(positions) -> int:
+    """The last of the positions; -1 where none is named, or they are not known yet."""
+    if positions is None or isinstance(positions, jax.core.Tracer) or not positions.size:
+        return -1
+    return int(positions.max())
+
+
 def token_index(index, count: int):
     """Indices of tokens of a trace of `count`, from the end where negative: checked if known.
 
     Raises:
       ValueError: there is no such token, which JAX would take for the nearest that there is.
     """
-    if isinstance(index, slice | jax.core.Tracer):
+    if isinstance(index, slice):
         return index
-    wrong = [int(x) for x in np.ravel(index) if not -count <= x < count]
-    if wrong:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(index)):
+        return jnp.asarray(index)
+    index = np.asarray(index)
+    wrong = index[(index < -count) | (index >= count)]
+    if wrong.size:
         raise ValueError(f"token {wrong[0]} of {count}; give an index from 0 to {count - 1}.")
-    return jnp.asarray(index)
+    return index

@@ -117,7 +117,7 @@ class Trace:
         Raises:
           ValueError: there is no such block, token or read, or the block's memory has no weights.
         """
-        near, _, weights = attention(self._reading(block, read), self.positions, queries)
+        near, _, weights = attention(self.reading(block, read), self.positions, queries)
         return by_position(near, weights, self.length).swapaxes(0, 1)
 
     def tiles(self, block: int, size: int = 128, *, read: int = 0):
@@ -126,7 +126,12 @@ class Trace:
             queries = slice(begin, min(begin + size, len(self.tokens)))
             yield queries, self.weights(block, queries, read=read)
 
-    def _reading(self, block, read):
+    def reading(self, block: int, read: int = 0) -> Reading:
+        """An instruction: the one that wrote a block, or a later `read` of it, from 1.
+
+        Raises:
+          ValueError: there is none.
+        """
         count, block, read = len(self.written), operator.index(block), whole_number("read", read)
         if not -count <= block < count:
             raise ValueError(f"block {block} was not traced; there are blocks 0 to {count - 1}.")

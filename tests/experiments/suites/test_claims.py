@@ -10,7 +10,8 @@ NAMES = (
     "a linear probe of its cells finds the token after",
     "a linear probe of its cells finds its own token",
     "how far back it is read",
-    "the lens after it agrees with the model",
+    "the lens before it agrees with the model",
+    "loss without the reads of this block",
     "loss with reads of the blocks up to this one only",
     "loss with reads from this block on only",
 )
@@ -32,8 +33,11 @@ def test_blocks_are_compared_document_by_document(change, verdict):
     }
     claims = judge(
         [Measure(name, "", x) for name, x in values.items()],
-        [Learned("plain", [2.0, 1.0], 0.1, 2), Learned("feedback", [2.0, 1.5], 0.2, 16)],
+        [
+            Learned("plain", [3.0, 2.0, 1.0], [0.1, 0.11], 2),
+            Learned("feedback", [3.0, 2.0, 1.5], [0.2, 0.22], 16),
+        ],
         [Way(*way) for way in (("parallel", [8], [1], [8]), ("one by one", [8], [2], [8]))]
         + [Way("without a cache", [8], [3], [64])],
     )
-    assert [claim.verdict for claim in claims] == [verdict] * 5 + [SUPPORTED] * 3
+    assert [claim.verdict for claim in claims] == [verdict] * 6 + [SUPPORTED] * 3
