@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.insight import attribution, contributions, gradients, intervene, scale
+from transformer.insight import attribution, contributions, gradients, intervene, scale, trace
 from transformer.memory.cache import Cache
 from transformer.memory.cells import Cells, Window
 from transformer.memory.fold import Fold
@@ -78,3 +78,7 @@ def test_what_cannot_be_attributed(model):
     f, params, cache, tokens = model("attention")
     with pytest.raises(ValueError, match="one of cell, query, read"):
         gradients(f, params, cache, tokens, jnp.sum, of="weights")
+    seen = jax.jit(trace, static_argnums=0)(f, params, cache, tokens)
+    for block, position, message in ((2, 0, "blocks 0 to 1"), (0, 10, "token 10 of 10")):
+        with pytest.raises(ValueError, match=message):
+            contributions(seen, block, position, seen.reads[0][0])

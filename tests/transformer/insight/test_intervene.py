@@ -84,6 +84,7 @@ def test_an_edit_that_changes_nothing_changes_no_bit(kind, model):
         patch(1, at, own),
         scale(1, None, 1.0, of="read"),
         edit(0, None, lambda x: x, of="query"),
+        patch(1, [], jax.tree.map(lambda x: x[:0], own)),
         *([] if kind == "hybrid" else [cut(1, 3, 8), cut(0, [], [0]), cut(0, 1, 0, heads=[])]),
     ]
     expected = run(f, params, cache, tokens)
@@ -285,12 +286,18 @@ def test_an_instruction_that_cannot_be_seen_is_refused():
         (lambda: [cut(5, 0, 0)], ValueError, "block 5; the cache has the blocks 0 to 2"),
         (lambda: [cut(2, 0, 0, heads=[9])], ValueError, "query heads 0 to 3"),
         (lambda: [cut(1, [3], 0)], ValueError, "no cells that some queries could see"),
-        (lambda: [replace(2, 0, np.zeros(3))], ValueError, "must stay as they are"),
+        (lambda: [replace(2, 0, np.zeros(3))], ValueError, "one number for all of it"),
+        (lambda: [add(2, 0, [1.0, 2.0], of="read")], ValueError, "one number for all of it"),
+        (lambda: [edit(2, 0, lambda x: None)], ValueError, "must stay as they are"),
+        (lambda: [edit(2, 0, 0.0)], TypeError, "is a function"),
+        (lambda: [cut(2, 3, 99)], ValueError, "position 99; the cache has those from 0 to 15"),
+        (lambda: [patch(2, [1, 1], np.zeros((2, 4)))], ValueError, "writes each cell once"),
         (lambda: [patch(2, [1, 2], np.zeros((3, 4)))], ValueError, "leading axis of 2"),
         (lambda: [scale(2, 0, 1.0, of="weights")], ValueError, "one of cell, query, read"),
         (lambda: [scale(2, -1, 1.0)], ValueError, "count from 0"),
         (lambda: [scale(2, 0.5, 1.0)], TypeError, "whole numbers"),
         (lambda: ["cut"], TypeError, "made by a function of transformer.insight"),
+        (lambda: cut(0, 1, 0), TypeError, "a list of edits"),
     ],
 )
 def test_what_is_refused(edits, error, message, model):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from transformer.insight import (
     activation_patching,
@@ -45,3 +46,12 @@ def test_paths_of_one_block(model):
     found, plain = patched()
     np.testing.assert_allclose(found[:-1], plain, atol=1e-4)  # float32, compiled otherwise
     assert np.abs(found[-1] - plain).max() > 1e-3
+
+
+def test_prompts_that_do_not_match_are_refused(model):
+    f, params, cache, tokens = model("attention")
+    metric = lambda logits: logits[-1, 7]
+    with pytest.raises(ValueError, match="the prompts have 10 and 4 tokens"):
+        activation_patching(f, params, cache, tokens, tokens[:4], metric)
+    with pytest.raises(ValueError, match="there are blocks 0 to 1"):
+        jax.jit(lambda: path_patching(f, params, cache, tokens, tokens, metric, block=2))()
