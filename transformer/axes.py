@@ -6,6 +6,7 @@ is told of activations (`constrain`).
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -21,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 RULES = {
     "rows": ("data", "fsdp"),
     "tokens": "context",
+    "sequences": "data",  # those that are generated
     "width": "fsdp",
     "heads": "tensor",
     "feed_forward": "tensor",
@@ -48,11 +50,52 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def split_over(size: int, *axes: str) -> tuple[str, ...]:
     """The axes of `jax.set_mesh`'s mesh that `size` elements along logical axes are split over.
 
-    None of them where they do not divide it: a prompt, for instance, may have any length.
+    None of them where they do not divide it: a prompt, for instance, may have any length. Within
+    `shard_map` arrays are split over its axes already.
     """
-    shape = jax.sharding.get_abstract_mesh().shape
-    names = tuple(n for axis in axes for n in _names(RULES[axis]) if shape.get(n, 1) > 1)
-    return names if size % math.prod(shape[n] for n in names) == 0 else ()
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    names = tuple(n for axis in axes for n in _names(RULES[axis]) if free.get(n, 1) > 1)
+    return names if size % math.prod(free[n] for n in names) == 0 else ()
+
+
+def over_parts(function: Callable, num_shared: int, **sizes: int) -> Callable:
+    """Has each device of the mesh run a function for its own part of some axes.
+
+    What it sums up within a loop is then added up over devices once, behind the loop; and a loop
+    over sequences, of which each touches its own cache, moves no cache. The compiler sees neither.
+
+    Args:
+      function: takes `num_shared` trees of what all parts share, then others whose arrays have
+        these leading axes, as those that it returns. No part depends on another.
+      sizes: of each leading axis, by its logical name.
+    """
+    names = [split_over(size, axis) for axis, size in sizes.items()]
+    if not any(names):
+        return function
+    own, shared = PartitionSpec(*names), PartitionSpec()
+
+    def split(*operands):
+        return jax.shard_map(
+            function,
+            in_specs=tuple(shared if n < num_shared else own for n in range(len(operands))),
+            out_specs=own,
+            axis_names={name for axis in names for name in axis},
+            check_vma=False,  # loops of any program would have to say what varies
+        )(*operands)
+
+    return split
+
+
+def over_sequences(function: Callable, size: int, num_shared: int) -> Callable:
+    """`over_parts` for `size` sequences that are generated.
+
+    On a mesh that splits more than sequences and matrices every device runs all of them: with
+    "fsdp" beside, XLA (jax 0.10.2) fails in a gather.
+    """
+    if split_over(0, "width", "tokens"):
+        return function
+    return over_parts(function, num_shared, sequences=size)
 
 
 def gather_tokens(x: jax.Array, heads: bool = False) -> jax.Array:

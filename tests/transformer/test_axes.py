@@ -1,7 +1,15 @@
 """Logical axes: what lies where, and what the compiler is told."""
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from transformer.axes import MESH_AXES, RULES, constrain, gather_tokens, partition, split_over
@@ -48,3 +56,100 @@ def test_tokens_are_gathered_where_they_are_split():
         assert "UNCONSTRAINED, None, UNCONSTRAINED" in text(3, 4, 5)
         assert "None, ('tensor', 'context')" in text(3, 4, 8, 5, heads=True)
         assert "sharding_constraint" not in text(3, 5, 8)  # there is no half of 5 tokens
+
+
+# The number of devices is fixed when JAX starts, so eight of them take a process of their own.
+PROGRAM = """
+    import json, sys
+    import jax, numpy as np
+    from transformer import Model, generate, score
+    from transformer.config import Config, Delta, Latent
+    from transformer.devices.collectives import collectives
+    from transformer.devices.layout import shard_params
+    from transformer.devices.mesh import make_mesh
+    from transformer.inference import prefill, rows
+    from transformer.program.init import init_params
+
+    config = Config(
+        vocab_size=64, max_length=512, num_layers=3, width=16, num_heads=4, num_kv_heads=2,
+        layer_kinds=("attention", "latent", "delta"),
+        latent=Latent(rank=8, rotary_size=4), num_experts=4, experts_per_token=2,
+        delta=Delta(num_key_heads=2, num_value_heads=4, key_size=4, value_size=4),
+    )
+    params = init_params(config, jax.random.key(0))
+    random = np.random.default_rng(int(sys.argv[1]))
+    prompts = [random.integers(0, 64, n) for n in (5, 70, 9, 30)]
+    gathered, shares = {}, []
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*operands):
+            result = function(*operands)
+            moved = collectives(function.lower(*operands_of(operands)).compile().as_text())
+            gathered[name] = moved["all-gather"].largest if "all-gather" in moved else 0
+            if name == "decode":
+                cache = jax.tree.leaves(result[0].cache)
+                part = sum(x.addressable_shards[0].data.nbytes for x in cache)
+                shares.append(part / sum(x.nbytes for x in cache))
+            return result
+
+        setattr(module, name, watched)
+
+    def operands_of(operands):
+        # What was donated is gone; its shape and place are all that compiling takes.
+        of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        return jax.tree.map(lambda x: of(x) if isinstance(x, jax.Array) else x, operands)
+
+    def results(model):
+        made = generate(model, prompts, max_new_tokens=6, seed=3)
+        return {
+            "tokens": [x.tokens for x in made],
+            "logprobs": [[float(p) for p in x.logprobs] for x in made],
+            "scores": score(model, prompts[1]).tolist(),
+        }
+
+    one = results(Model(config, params, None))
+    watch(prefill, "run_chunks")
+    watch(rows, "decode")
+    many = {}
+    for sizes in sys.argv[2:]:
+        gathered.clear(), shares.clear()
+        with jax.set_mesh(mesh := make_mesh(sizes)):
+            many[sizes] = results(Model(config, shard_params(mesh, params), None))
+        many[sizes] |= {"gathered": dict(gathered), "share": max(shares)}
+    print(json.dumps([one, many]))
+"""
+
+
+@pytest.fixture(scope="module")
+def generated(request, seed):
+    """What one device makes of prompts, and what several do on each of the meshes."""
+    meshes = ["data=2,tensor=2"]
+    if request.config.getoption("--thorough"):
+        meshes += ["data=4", "tensor=2", "data=2,fsdp=2,tensor=2"]
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(seed), *meshes],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_sequences_are_generated_and_scored_on_a_mesh_as_on_one_device(generated):
+    one, many = generated
+    for mesh in many.values():
+        assert mesh["tokens"] == one["tokens"]
+        for name in ("logprobs", "scores"):
+            # float32 sums in another order, in three layers
+            np.testing.assert_allclose(np.array(mesh[name]), np.array(one[name]), atol=2e-5)
+
+
+def test_sequences_lie_on_the_devices_that_run_them(generated):
+    mesh = generated[1]["data=2,tensor=2"]
+    assert mesh["share"] <= 1 / 2
+    # One head of one sequence has 512 cells of 4 numbers in the cache.
+    assert max(mesh["gathered"].values()) < 512 * 4

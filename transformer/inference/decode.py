@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from transformer.axes import constrain
+from transformer.axes import constrain, over_sequences
 from transformer.inference.adjust import Adjustments, Written
 from transformer.inference.drawn import Drawn, Wanted, draw_token
 from transformer.inference.sampling import Sampling
@@ -71,9 +71,7 @@ def decode(
       many steps are filled. What a row drew after it stopped has no meaning.
     """
 
-    @jax.jit  # traced once, though its results are asked for their shapes before
-    @jax.vmap
-    def step(state, running):
+    def step(params, sampling, adjust, state, running):
         cache, logits = f(params, state.cache, state.token, jnp.where(running, state.i, -1))
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         key, i, written = jax.random.fold_in(key, state.i), state.i + 1, state.written
@@ -87,12 +85,16 @@ def decode(
 
     def advance(carry):
         n, state, running, drawn = carry
-        state, new = step(state, running)
+        state, new = step_all(state, running)
         put = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, n, 0)
         running &= (state.token[:, None] != stop_ids).all(1)
         return n + 1, state, running, jax.tree.map(put, drawn, new)
 
-    shapes = jax.eval_shape(step, state, running)[1]
+    mapped = jax.vmap(step, in_axes=(None, None, None, 0, 0))
+    # Traced once, by `jit`, though its results are asked for their shapes before.
+    mapped = jax.jit(over_sequences(mapped, len(running), num_shared=3))
+    step_all = partial(mapped, params, sampling, adjust)
+    shapes = jax.eval_shape(step_all, state, running)[1]
     drawn = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
     n, state, _, drawn = jax.lax.while_loop(
         unfinished, advance, (jnp.int32(0), state, running, drawn)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.tracing.target import platform
+from transformer.axes import over_sequences
 from transformer.config import Config
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
@@ -93,7 +94,8 @@ def empty_row(config, capacity) -> Cache:
 
 @jax.jit
 def _take(cache: Cache, rows) -> Cache:
-    return jax.tree.map(lambda x: x[rows], cache)
+    take = lambda cache, rows: jax.tree.map(lambda x: x[rows], cache)
+    return over_sequences(take, len(rows), num_shared=1)(cache, rows)
 
 
 @partial(jax.jit, static_argnames=("f", "size"), donate_argnames="cache")
@@ -108,7 +110,7 @@ def run_chunks(f, params, cache: Cache, tokens, ends, chunks, size) -> Cache:
       size: tokens of a chunk; static.
     """
 
-    def chunk(n, cache):
+    def chunk(params, n, cache, tokens, ends):
         positions = n * size + jnp.arange(size, dtype=jnp.int32)
 
         def row(cache, tokens, end):
@@ -117,4 +119,6 @@ def run_chunks(f, params, cache: Cache, tokens, ends, chunks, size) -> Cache:
 
         return jax.vmap(row)(cache, tokens, ends)[0]  # the logits are never computed
 
-    return jax.lax.fori_loop(chunks[0], chunks[1], chunk, cache)
+    chunk = over_sequences(chunk, len(tokens), num_shared=2)
+    advance = lambda n, cache: chunk(params, n, cache, tokens, ends)
+    return jax.lax.fori_loop(chunks[0], chunks[1], advance, cache)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.axes import constrain
 from transformer.checks import token_ids
 from transformer.modes.schedule import parallel
 from transformer.program.init import init_cache
@@ -66,6 +67,7 @@ def _scorer(config, numerics):
         positions = jnp.where(positions < length, positions, -1)
         logits = parallel(f, params, init_cache(config, len(tokens)), tokens, positions)[1]
         logprobs = -f.numerics.cross_entropy(logits[:-1], tokens[1:])[0]
-        return logprobs, logits[:-1].argmax(-1) == tokens[1:]
+        # Whole, for every process reads them.
+        return constrain(logprobs), constrain(logits[:-1].argmax(-1) == tokens[1:])
 
     return compute

@@ -1,12 +1,13 @@
 """The loss: a mean of cross entropies over the logits of the parallel mode."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from transformer.axes import RULES
+from transformer.axes import RULES, over_parts
 from transformer.data.batches import Batch
 from transformer.memory.cache import Cache
 from transformer.modes.schedule import parallel
@@ -45,30 +46,37 @@ def cross_entropies(f, params, cache, batch, parts: int = 1):
         raise ValueError(
             f"loss_parts={parts} goes with the program of a config, not with {f}; use loss_parts=1."
         )
-    hidden = compute_logits(f.hidden, params, cache, batch)
-
-    @jax.checkpoint
-    def part(hidden, targets):
-        row = jax.vmap(partial(unembed, f, params))
-        logits = jax.vmap(row, spmd_axis_name=RULES["rows"])(hidden)
-        return f.numerics.cross_entropy(logits, targets)
-
-    split = partial(_split_tokens, parts)
-    results = jax.lax.map(lambda of: part(*of), (split(hidden), split(batch.targets)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch.targets.shape), results)
-
-
-def _split_tokens(parts, x):
-    """[B, T, ...] -> [parts, B, T / parts, ...], each part taking every `parts`-th token.
-
-    So rows whose tokens are split over devices are cut without moving tokens between them.
-    """
-    B, T = x.shape[:2]
+    B, T = batch.targets.shape
     if T % parts:
         raise ValueError(
             f"rows of {T} tokens cannot be cut into loss_parts={parts} equal parts; use a number "
             "of parts that divides it."
         )
+    hidden = compute_logits(f.hidden, params, cache, batch)
+
+    def in_parts(params, hidden, targets):
+        @jax.checkpoint
+        def part(hidden, targets):
+            logits = jax.vmap(jax.vmap(partial(unembed, f, params)))(hidden)
+            return f.numerics.cross_entropy(logits, targets)
+
+        split = partial(_split_tokens, math.gcd(parts, targets.shape[1]))
+        results = jax.lax.map(lambda of: part(*of), (split(hidden), split(targets)))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(targets.shape), results)
+
+    # So a matrix that is split over devices is gathered once, and its gradient added up once.
+    in_parts = over_parts(in_parts, num_shared=1, rows=B, tokens=T)
+    embedding = params.embedding if params.output is None else None
+    end = params.replace(layers=(), positions=None, embedding=embedding)
+    return in_parts(end, hidden, batch.targets)
+
+
+def _split_tokens(parts, x):
+    """[B, T, ...] -> [parts, B, T / parts, ...], each part taking every `parts`-th token.
+
+    So where the compiler splits the tokens of rows over devices, none moves.
+    """
+    B, T = x.shape[:2]
     return jnp.moveaxis(x.reshape(B, T // parts, parts, *x.shape[2:]), 2, 0)
 
 
