@@ -134,9 +134,19 @@ def _run_by_output(x, w, exact):
     return [jax.lax.optimization_barrier(y).T]
 
 
+def _jvp_by_output(fun, primals, moving, tangents, exact):
+    """As for `exact_dot`: derivatives have no order to keep."""
+    del fun
+    x, w = primals
+    of = dict(zip(moving, tangents, strict=True))
+    terms = [of[0] @ w.T] if 0 in of else []
+    terms += [x @ of[1].T] if 1 in of else []
+    return dot_by_output_p.bind(x, w, exact=exact), [sum(terms[1:], terms[0])]
+
+
 def _run_of_parts(x, *parts):
     return exact_run(lambda x, *parts: product_of_parts(x, parts), x, *parts)
 
 
-dot_by_output_p = define("dot_by_output", _run_by_output)
+dot_by_output_p = define("dot_by_output", _run_by_output, _jvp_by_output)
 dot_of_parts_p = define("dot_of_parts", _run_of_parts)

@@ -113,4 +113,4 @@ def unembed(spec: Program, params: Params, x):
     cap = spec.config.logit_soft_cap
     if cap is None:
         return logits
-    return spec.numerics.rounded(cap * jnp.tanh(logits / cap))
+    return spec.numerics.rounded(cap * spec.numerics.tanh(logits / cap))

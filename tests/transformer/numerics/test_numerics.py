@@ -12,10 +12,11 @@ from jax.extend import core
 
 from transformer import Config, init_cache, presets, program, run
 from transformer.memory.instruction import read_p, write_read_p
+from transformer.numerics.layouts import dot_by_output_p
 from transformer.numerics.products import exact_dot_p
 from transformer.program.experts import experts_p
 
-OURS = {exact_dot_p, experts_p, read_p, write_read_p}
+OURS = {dot_by_output_p, exact_dot_p, experts_p, read_p, write_read_p}
 # Written by the compiler as polynomials, or in an order of its own.
 UNORDERED = {
     *("exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "tan", "pow"),
