@@ -112,11 +112,11 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
         weights = jnp.where(score == _MASKED, 0, functions.exp(score - peak[..., None]))
         if not aligned:
             cells = at + jnp.arange(size)
-            weights = jnp.where((cells >= begin) & (cells < begin + size) & mine, weights, 0)
-        mixed = _mix(weights, tile(at)[1])
+            weights = jnp.where((cells >= begin) & (cells < begin + TILE) & mine, weights, 0)
+        mixed, weights = _mix(weights, tile(at)[1]), _tiled(weights)
         if not aligned:
-            weights = jnp.roll(weights, at - begin, -1)  # the place in its tile, not in the block
-        of_tiles = total(_tiled(weights))
+            weights = jnp.roll(weights, at - begin, -1)  # to where they are in the tile
+        of_tiles = total(weights)
         for n in range(of_tiles.shape[-1]):
             sums = sums[0] + of_tiles[..., n], sums[1] + mixed[..., n, :]
         return sums
