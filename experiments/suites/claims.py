@@ -1,15 +1,25 @@
 """The essay's claims, judged by what was measured.
 
 A claim about blocks compares two of them document by document, so that what documents differ by
-drops out; it is undecided where the 95 % interval of the mean difference holds 0.
+drops out; it is undecided where the 95 % interval of the mean difference holds 0. So are claims
+about time, whose samples are steps and rounds.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.suites.essay import Learned, Measure, Way, half_interval
+from experiments.suites.essay import (
+    CACHED,
+    PARALLEL,
+    RECOMPUTED,
+    Learned,
+    Measure,
+    Way,
+    half_interval,
+)
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 
@@ -72,11 +82,15 @@ def judge(measures: Sequence[Measure], learned: Sequence[Learned], ways: Sequenc
 def _more(sentence, name, first, a, second, b) -> Claim:
     """A claim that a [D] is more than b [D], over documents, or over steps."""
     change, half = np.mean(a - b), half_interval(a - b)
-    verdict = SUPPORTED if change > half else REFUTED if change < -half else UNDECIDED
     said = f"{first} {abs(np.mean(a)):.3f}, {second} {abs(np.mean(b)):.3f}"
-    return Claim(
-        sentence, verdict, f"{name}: {said}; they differ by {abs(change):.3f} ± {half:.3f}"
-    )
+    figures = f"{name}: {said}; they differ by {abs(change):.3f} ± {half:.3f}"
+    return Claim(sentence, _verdict(a, b), figures)
+
+
+def _verdict(a, b) -> str:
+    """Whether a [D] is more than b [D], in the mean."""
+    change, half = np.mean(a - b), half_interval(a - b)
+    return SUPPORTED if change > half else REFUTED if change < -half else UNDECIDED
 
 
 def _feedback(plain, feedback) -> list[Claim]:
@@ -106,15 +120,18 @@ def _feedback(plain, feedback) -> list[Claim]:
 
 
 def _caching(ways) -> Claim:
-    parallel, cached, recomputed = (
-        ways[name] for name in ("parallel", "one by one", "without a cache")
-    )
-    faster = parallel.seconds[-1] < cached.seconds[-1] < recomputed.seconds[-1]
-    fewer = cached.operations[-1] < recomputed.operations[-1]
-    said = lambda way: f"{way.seconds[-1]:.4f} s and {way.operations[-1] / 1e9:.3g} Gflop"
+    order = [ways[name] for name in (PARALLEL, CACHED, RECOMPUTED)]
+    seconds = [np.array(way.seconds[-1]) for way in order]
+    verdicts = {_verdict(slow, fast) for fast, slow in itertools.pairwise(seconds)}
+    fewer = order[1].operations[-1] < order[2].operations[-1]
+    decided = UNDECIDED if UNDECIDED in verdicts else SUPPORTED
+    said = [
+        f"{1e3 * x.mean():.1f} ± {1e3 * half_interval(x):.1f} ms and "
+        f"{way.operations[-1] / 1e9:.3g} Gflop {way.name}"
+        for x, way in zip(seconds, order, strict=True)
+    ]
     return Claim(
         "A cache saves the work of recomputing, and all tokens at once are faster than one by one.",
-        SUPPORTED if faster and fewer else REFUTED,
-        f"{parallel.lengths[-1]} tokens: {said(parallel)} at once, {said(cached)} one by one, "
-        f"{said(recomputed)} without a cache",
+        REFUTED if REFUTED in verdicts or not fewer else decided,
+        f"{order[0].lengths[-1]} tokens: {', '.join(said)}",
     )

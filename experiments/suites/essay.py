@@ -217,50 +217,52 @@ def _training(f: Callable, params, cache, chunk, steps, rows) -> Iterator[tuple[
 class Way:
     """One way to run T tokens.
 
-    name: of the way. lengths: numbers of tokens. seconds, operations: of each length; operations
-    are floating-point ones, as XLA counts them.
+    name: of the way. lengths: numbers of tokens. seconds: for each length those of every round.
+    operations: for each length, floating-point ones, as XLA counts them.
     """
 
     name: str
     lengths: list[int]
-    seconds: list[float]
+    seconds: list[list[float]]
     operations: list[float]
 
 
-def ways(config, params, lengths: Sequence[int]) -> list[Way]:
+def ways(config, params, lengths: Sequence[int], rounds: int = 7) -> list[Way]:
     """Times and counts running T tokens in parallel, one by one, and without a cache.
 
-    XLA counts the body of a loop once; so layers are counted one by one where the model scans them,
-    and what the two ways that go token by token do for a token is counted T times.
+    The ways take turns, so that what else the machine does weighs on all. XLA counts the body of a
+    loop once; so layers are counted one by one where the model scans them, and what the two ways
+    that go token by token do for a token is counted T times.
     """
     apart, layers = unscanned(config, params)
-    found = []
-    for name, way, in_loop in (
-        ("parallel", lambda f, *given: run(f, *given)[1], False),
-        ("one by one", lambda f, *given: run(f, *given, chunk=1)[1], True),
-        ("without a cache", lambda f, *given: recompute(f, *given)[1], True),
-    ):
-        seconds, operations = [], []
-        for length in lengths:
-            lowered, operands = _lowered(way, config, params, length)
-            seconds.append(_seconds(lowered, operands))
-            count = _lowered(way, apart, layers, length)[0].cost_analysis()["flops"]
-            operations.append(count * (length if in_loop else 1))
-        found.append(Way(name, list(lengths), seconds, operations))
+    found = [Way(name, list(lengths), [], []) for name in WAYS]
+    for length in lengths:
+        operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
+        lowered = [jax.jit(partial(way, program(config))).lower(*operands) for way in WAYS.values()]
+        taken = _seconds([x.compile() for x in lowered], operands, rounds)
+        operands = layers, init_cache(apart, length), operands[-1]
+        for way, seconds in zip(found, taken, strict=True):
+            counted = jax.jit(partial(WAYS[way.name], program(apart))).lower(*operands)
+            repeats = 1 if way.name == PARALLEL else length
+            way.seconds.append(seconds)
+            way.operations.append(counted.cost_analysis()["flops"] * repeats)
     return found
 
 
-def _lowered(way, config, params, length):
-    """A way to run `length` tokens: -> (the program before it is compiled, its operands)."""
-    operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
-    return jax.jit(partial(way, program(config))).lower(*operands), operands
+PARALLEL, CACHED, RECOMPUTED = "parallel", "one by one", "without a cache"
+WAYS = {
+    PARALLEL: lambda f, *given: run(f, *given)[1],
+    CACHED: lambda f, *given: run(f, *given, chunk=1)[1],
+    RECOMPUTED: lambda f, *given: recompute(f, *given)[1],
+}
 
 
-def _seconds(lowered, operands, repeats: int = 3) -> float:
-    """The shortest of some runs, after one that is not counted."""
-    compiled, taken = lowered.compile(), []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        compiled(*operands).block_until_ready()
-        taken.append(time.perf_counter() - begun)
-    return min(taken[1:])
+def _seconds(programs, operands, rounds) -> list[list[float]]:
+    """What each program takes in each round, after one that is not counted."""
+    taken = [[] for _ in programs]
+    for _ in range(rounds + 1):
+        for compiled, seconds in zip(programs, taken, strict=True):
+            begun = time.perf_counter()
+            compiled(*operands).block_until_ready()
+            seconds.append(time.perf_counter() - begun)
+    return [seconds[1:] for seconds in taken]

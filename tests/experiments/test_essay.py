@@ -60,7 +60,7 @@ def test_intervals_are_over_documents(rng):
 
 def test_layers_that_are_scanned_all_count(monkeypatch):
     """XLA counts a loop over layers once; a model counts the same however its layers are kept."""
-    monkeypatch.setattr(essay, "_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(essay, "_seconds", lambda programs, *_: [[0.0]] * len(programs))
     counts = []
     for scan in (True, False):
         config = presets["tiny"].replace(width=16, num_heads=2, num_kv_heads=1, scan_layers=scan)
