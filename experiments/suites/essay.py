@@ -239,7 +239,7 @@ def ways(config, params, lengths: Sequence[int], rounds: int = 7) -> list[Way]:
     for length in lengths:
         operands = params, init_cache(config, length), jnp.arange(length) % config.vocab_size
         lowered = [jax.jit(partial(way, program(config))).lower(*operands) for way in WAYS.values()]
-        taken = _seconds([x.compile() for x in lowered], operands, rounds)
+        taken = _seconds(lowered, operands, rounds)
         operands = layers, init_cache(apart, length), operands[-1]
         for way, seconds in zip(found, taken, strict=True):
             counted = jax.jit(partial(WAYS[way.name], program(apart))).lower(*operands)
@@ -257,9 +257,9 @@ WAYS = {
 }
 
 
-def _seconds(programs, operands, rounds) -> list[list[float]]:
+def _seconds(lowered, operands, rounds) -> list[list[float]]:
     """What each program takes in each round, after one that is not counted."""
-    taken = [[] for _ in programs]
+    programs, taken = [x.compile() for x in lowered], [[] for _ in lowered]
     for _ in range(rounds + 1):
         for compiled, seconds in zip(programs, taken, strict=True):
             begun = time.perf_counter()

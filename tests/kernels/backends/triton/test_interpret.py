@@ -75,8 +75,8 @@ def test_triton_compiles_after_interpreting(operands):
     jax.block_until_ready(jax.jit(run)(a, b))
     assert all(getattr(tl, name) is function for name, function in before.items())
 
-    q, keys = jnp.zeros((1, 64, 1, 32)), jnp.zeros((1, 1, 64, 32))
-    positions = jnp.arange(64)[None]
+    q, keys = jnp.zeros((1, 128, 1, 32)), jnp.zeros((1, 1, 128, 32))
+    positions = jnp.arange(128)[None]
     options = Options(1.0)
     read = q, keys, keys, Where(positions), Shared()
     jax.block_until_ready(interpret.attend(*read, options=options))
