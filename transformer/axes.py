@@ -63,7 +63,7 @@ def over_parts(function: Callable, num_shared: int, **sizes: int) -> Callable:
     """Has each device of the mesh run a function for its own part of some axes.
 
     What it sums up within a loop is then added up over devices once, behind the loop; and a loop
-    over sequences, of which each touches its own cache, moves no cache. The compiler sees neither.
+    over sequences, of which each touches its own cache, moves no cache.
 
     Args:
       function: takes `num_shared` trees of what all parts share, then others whose arrays have
