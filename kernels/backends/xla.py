@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kernels.blocks import Blocks
 from kernels.cells import consecutive, in_order, is_ring, ring_positions, write_one
+from kernels.cpu import attention as on_cpu
 from kernels.exact import attention as exact
 from kernels.int8 import floats, is_int8
 from kernels.operands import Shared, Where
@@ -91,6 +92,8 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
 
 def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
     """`kernels.write_read.read`: tiles of the blocks are read where they lie."""
+    if on_cpu.can_read(blocks, q, shared, options):
+        return on_cpu.read(blocks, i, q, shared, options)
     size, where = jax.tree.leaves(blocks.arrays)[0].shape[-2], Where(i)
     if is_ring(options, size) and options.exact:
         blocks = Blocks(jax.tree.map(lambda x: in_order(x, i + 1), blocks.take()), batched=True)

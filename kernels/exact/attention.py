@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from kernels.blocks import Blocks
 from kernels.exact import functions
-from kernels.exact.order import COLUMNS
-from kernels.exact.products import batched
+from kernels.exact.order import COLUMNS, few_rows
+from kernels.exact.products import MOST, batched
 from kernels.exact.sums import rounded, total
 from kernels.operands import Shared, Where
 from kernels.options import Options
@@ -48,6 +48,15 @@ def forward(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     z, lse = (jnp.moveaxis(whole(x), 0, 1) for x in (z, lse))
     z = z.reshape(B, -1, N, z.shape[-1])[:, :T]
     return rounded(z.astype(dtype)), lse.reshape(B, -1, N)[:, :T]
+
+
+def is_in_order(S: int, H: int, Hv: int) -> bool:
+    """Whether products on a block of S cells are chains over numbers, and over a tile's cells."""
+    columns = lambda n: n + -n % COLUMNS
+    sizes = {columns(_step(S, rows)) for rows in (1, ROWS)}
+    known = [few_rows(H, size, jnp.float32, True) for size in sizes]
+    known += [few_rows(min(size, TILE), columns(Hv), jnp.float32, False) for size in sizes]
+    return H <= MOST and all(known)
 
 
 def _tiles(x, size, fill=0):
@@ -133,7 +142,7 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
         whole = whole + functions.exp(heads(shared.sinks) - peak)
     whole = jnp.where(empty, 1, whole)
     lse = jnp.where(empty, -jnp.inf, peak + functions.log(whole))
-    return mixed / whole[..., None], lse
+    return mixed * rounded(1 / whole)[..., None], lse
 
 
 def _step(S, rows):

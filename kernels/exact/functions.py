@@ -48,19 +48,24 @@ def _power_of_two(n):
     return jax.lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
 
 
+# What `kernels.cpu` needs too. The first part of log(2) has 9 bits, so that n times it is exact.
+LOG2_E = math.log2(math.e)
+LOG_2 = 0.693359375, -2.12194440e-4
+EXP = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+
+
 def _exp(x):
-    # x = n log(2) + r. The first part of log(2) has 9 bits, so that n times it is not rounded.
-    n = jnp.round(rounded(jnp.clip(x, -88.0, 89.0) * math.log2(math.e)))
-    r = x - rounded(n * 0.693359375) - rounded(n * -2.12194440e-4)
-    p = _polynomial(
-        r,
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
+    # x = n log(2) + r
+    n = jnp.round(rounded(jnp.clip(x, -88.0, 89.0) * LOG2_E))
+    r = x - rounded(n * LOG_2[0]) - rounded(n * LOG_2[1])
+    p = _polynomial(r, *EXP)
     y = rounded(p * rounded(r * r)) + r + 1
     n = n.astype(jnp.int32)
     half = n >> 1  # 2^128 is no float32

@@ -1,7 +1,6 @@
 """Products of matrices in one order of sums, whatever the number of rows; see `order`."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -48,23 +47,6 @@ def product_by_output(x, w):
         return product(x, w.T)[:, :N]
     x = jnp.pad(x, ((0, max(least - M, 0)), (0, 0)))
     return rounded(x @ w.T)[:M, :N]
-
-
-def product_of_parts(x, parts):
-    """`product` with a matrix in the parts of `blocks_of`, which one row takes as they are."""
-    if len(x) > 1 or len(parts) == 1:
-        return product(x, jnp.concatenate(parts))
-    x, *parts = _widened(x, *parts)
-    ends = itertools.accumulate(map(len, parts))
-    return _add([rounded(x[:, k - len(w) : k] @ w) for k, w in zip(ends, parts, strict=True)])
-
-
-def blocks_of(w):
-    """w [..., K, N] -> parts [..., k, N'], each of which is one chain of sums for one row."""
-    w = filled(w, -1)
-    K = w.shape[-2]
-    block = order(K, w.shape[-1], w.dtype).block or K
-    return [w[..., k : k + block, :] for k in range(0, K, block)]
 
 
 def filled(w, axis):

@@ -24,8 +24,8 @@ def cast_params(config: Config, params: Params) -> Params:
     return params if config.compute_dtype == jnp.float32 else _cast(config, params)
 
 
-def lay_out_params(params: Params, rows: int, numerics: Numerics) -> Params:
-    """Parameters whose matrices lie as products of so many rows are fastest on a CPU.
+def lay_out_params(params: Params, numerics: Numerics) -> Params:
+    """Parameters whose matrices lie as products of few rows are fastest on a CPU.
 
     Those that lie otherwise than before are copies. Elsewhere than on a CPU, and where parameters
     are split over devices, all stay as they are.
@@ -33,7 +33,7 @@ def lay_out_params(params: Params, rows: int, numerics: Numerics) -> Params:
     split = any(len(x.devices()) > 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
     if split or platform() != "cpu":
         return params
-    return _lay_out(params, rows, numerics.exact)
+    return _lay_out(params, numerics.exact)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -45,14 +45,14 @@ def _cast(config, params: Params) -> Params:
     return params.replace(embedding=cast(params.embedding))
 
 
-@partial(jax.jit, static_argnames=("rows", "exact"))
-def _lay_out(params: Params, rows, exact) -> Params:
+@partial(jax.jit, static_argnames="exact")
+def _lay_out(params: Params, exact) -> Params:
     takes = lambda x: isinstance(x, (Linear, *_AS_THEY_ARE))
 
     def one(part):
         if isinstance(part, Linear):
             weight = part.weight
-            return part if is_matrix(weight) else part.replace(weight=lay_out(weight, rows, exact))
+            return part if is_matrix(weight) else part.replace(weight=lay_out(weight, exact))
         if not takes(part):
             return part
         kept = {name: getattr(part, name) for name in _AS_THEY_ARE[type(part)]}
@@ -62,6 +62,6 @@ def _lay_out(params: Params, rows, exact) -> Params:
 
     table = params.embedding
     if params.output is None and not is_matrix(table):
-        table = lay_out_table(table, rows, exact)
+        table = lay_out_table(table, exact)
     rest = jax.tree.map(one, params.replace(embedding=None), is_leaf=takes)
     return rest.replace(embedding=table)

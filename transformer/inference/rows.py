@@ -95,7 +95,7 @@ class Rows:
         """The parameters as decoding takes them; a program of a user's own has them as they are."""
         if not isinstance(self.f, Program):
             return self.params
-        return lay_out_params(self.params, self.size, self.f.numerics)
+        return lay_out_params(self.params, self.f.numerics)
 
     def _begin(self, sequences):
         """The state of sequences whose prompts have been run."""

@@ -1,73 +1,56 @@
-"""Matrices laid out for the number of rows that they will be multiplied with.
+"""Matrices laid out as products of few rows read them fastest.
 
-A library for products is as fast as a matrix lies well for it. What is laid out anew is a copy; so
-it is done once, before a loop of many steps.
+What is laid out anew is a copy; so it is done once, before a loop of many steps.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels.cpu import call
+from kernels.cpu import product as few_rows
 from kernels.exact.order import order
-from kernels.exact.products import blocks_of, filled, product_by_output, product_of_parts
+from kernels.exact.products import product, product_by_output
 from transformer.numerics.matrix import Matrix, is_matrix, row
 from transformer.numerics.products import define, exact_run
 
-_FEW_ROWS = 64  # up to which a matrix that is stored by output is the faster one
+_BLOCK = 512  # terms that fast products sum in one chain
+_FEW_ROWS = 64  # more take the library's product, for which the matrix is put together again
 
 
 @struct.dataclass
-class ByOutput(Matrix):
-    """A matrix [in, out], stored as values [..., out or more, in]: better for two rows to many."""
+class Packed(Matrix):
+    """A matrix [in, out] in panels [..., panels, in, 64], which a kernel reads in one go.
 
-    values: jax.Array
+    Attributes:
+      panels: those of `kernels.cpu.product`.
+      columns: out.
+      block: of how many terms a chain of a sum is.
+    """
+
+    panels: jax.Array
     columns: int = struct.field(pytree_node=False)
+    block: int = struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[..., in, out]."""
-        *front, _, size = self.values.shape
+        *front, _, size, _ = self.panels.shape
         return *front, size, self.columns
 
     @property
     def dtype(self):
         """The type of its numbers."""
-        return self.values.dtype
+        return self.panels.dtype
 
     def dot(self, x: jax.Array, exact: bool) -> jax.Array:
         """x [in] times the matrix -> [out]."""
-        return dot_by_output_p.bind(x[None], self.values, exact=exact)[0][0, : self.columns]
+        y = dot_packed_p.bind(x[None], self.panels, block=self.block, exact=exact)
+        return y[0][0, : self.columns]
 
     def dense(self) -> jax.Array:
         """The matrix as an array."""
-        return self.values.swapaxes(-1, -2)[..., : self.columns]
-
-
-@struct.dataclass
-class Parts(Matrix):
-    """A matrix [in, out] in parts [..., some of in, out or more]: for one row in exact numerics."""
-
-    parts: list[jax.Array]
-    columns: int = struct.field(pytree_node=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out]."""
-        return *self.parts[0].shape[:-2], sum(x.shape[-2] for x in self.parts), self.columns
-
-    @property
-    def dtype(self):
-        """The type of its numbers."""
-        return self.parts[0].dtype
-
-    def dot(self, x: jax.Array, exact: bool) -> jax.Array:
-        """x [in] times the matrix -> [out]."""
-        del exact
-        return dot_of_parts_p.bind(x[None], *self.parts)[0][0, : self.columns]
-
-    def dense(self) -> jax.Array:
-        """The matrix as an array."""
-        return jnp.concatenate(self.parts, -2)[..., : self.columns]
+        return few_rows.matrix(self.panels)[..., : self.columns]
 
 
 @struct.dataclass
@@ -101,52 +84,55 @@ class Table(Matrix):
         return self.rows
 
 
-def lay_out(w: jax.Array, rows: int, exact: bool) -> jax.Array | Matrix:
-    """A matrix w [..., in, out] as it lies best for so many rows, which may be as it is."""
-    if not exact:
-        is_better = 1 < rows <= _FEW_ROWS
-        return ByOutput(w.swapaxes(-1, -2), w.shape[-1]) if is_better else w
+def lay_out(w: jax.Array, exact: bool) -> jax.Array | Matrix:
+    """A matrix w [..., in, out] as it lies best for few rows, which may be as it is."""
+    if not call.is_available() or w.dtype.name not in few_rows.TYPES:
+        return w
     K, N = w.shape[-2:]
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    if rows == 1:
-        parts = blocks_of(wide)
-        as_it_is = len(parts) == 1 and parts[0].shape == w.shape and wide.dtype == w.dtype
-        return w if as_it_is else Parts(parts, N)
-    stored = filled(wide.swapaxes(-1, -2), -2)
-    ordered = order(K, stored.shape[-2], wide.dtype).by_output
-    return ByOutput(stored, N) if ordered else w
+    block = order(K, N + -N % few_rows.COLUMNS, jnp.float32).block if exact else min(K, _BLOCK)
+    return Packed(few_rows.panels(w), N, block) if block else w
 
 
-def lay_out_table(table: jax.Array, rows: int, exact: bool) -> jax.Array | Matrix:
+def lay_out_table(table: jax.Array, exact: bool) -> jax.Array | Matrix:
     """A table [V, E], of which one looks rows up, and multiplies by its transpose."""
-    transpose = lay_out(table.T, rows, exact)
+    transpose = lay_out(table.T, exact)
     return Table(table, transpose) if is_matrix(transpose) else table
 
 
-def _run_by_output(x, w, exact):
-    """x [M, K], w [N, K] -> [[M, N]]."""
+def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [K] times the transpose of w [N, K], exactly -> [N]."""
+    return dot_by_output_p.bind(x[None], w)[0][0]
+
+
+def _run_packed(x, w, block, exact):
+    """x [M, K], w [P, K, 64] -> [[M, 64 P]]."""
+    many = len(x) > _FEW_ROWS
     if exact:
-        return exact_run(product_by_output, x, w)
-    if not 1 < len(x) <= _FEW_ROWS:
-        return [x @ w.T]
-    # The matrix comes first: the library is faster so. Without the barrier XLA turns it around.
-    y = jax.lax.dot_general(w, x, (((1,), (1,)), ((), ())))
-    return [jax.lax.optimization_barrier(y).T]
+        exactly = lambda x, w: product(x, few_rows.matrix(w)) if many else _few(x, w, block)
+        return exact_run(exactly, x, w)
+    if many:
+        return [x @ few_rows.matrix(w).astype(x.dtype)]
+    return [_few(x, w, block).astype(x.dtype)]
 
 
-def _jvp_by_output(fun, primals, moving, tangents, exact):
+def _few(x, w, block):
+    return few_rows.product(x.astype(jnp.float32), w, block)
+
+
+def _run_by_output(x, w):
+    """x [M, K], w [N, K] -> [[M, N]]."""
+    return exact_run(product_by_output, x, w)
+
+
+def _jvp_by_output(fun, primals, moving, tangents):
     """As for `exact_dot`: derivatives have no order to keep."""
     del fun
     x, w = primals
     of = dict(zip(moving, tangents, strict=True))
     terms = [of[0] @ w.T] if 0 in of else []
     terms += [x @ of[1].T] if 1 in of else []
-    return dot_by_output_p.bind(x, w, exact=exact), [sum(terms[1:], terms[0])]
+    return dot_by_output_p.bind(x, w), [sum(terms[1:], terms[0])]
 
 
-def _run_of_parts(x, *parts):
-    return exact_run(lambda x, *parts: product_of_parts(x, parts), x, *parts)
-
-
+dot_packed_p = define("dot_packed", _run_packed)
 dot_by_output_p = define("dot_by_output", _run_by_output, _jvp_by_output)
-dot_of_parts_p = define("dot_of_parts", _run_of_parts)

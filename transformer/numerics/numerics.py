@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kernels.exact import functions, sums
 from transformer.numerics import log_softmax
-from transformer.numerics.layouts import ByOutput
+from transformer.numerics.layouts import dot_by_output
 from transformer.numerics.matrix import is_matrix
 from transformer.numerics.products import exact_dot, exact_ragged_dot
 
@@ -55,7 +55,7 @@ class Numerics:
         if is_matrix(table):
             return table.T.dot(x, self.exact)
         if self.exact:
-            return ByOutput(self.rounded(table.astype(x.dtype)), len(table)).dot(x, exact=True)
+            return dot_by_output(x, self.rounded(table.astype(x.dtype)))
         return self.dot(x, table.T)  # width first: vmap then needs no transpose
 
     def ragged_dot(self, x, w, sizes):

@@ -1,0 +1,228 @@
+"""Attention of one query per sequence on blocks as they lie, in the order of `kernels.exact`.
+
+Fast numerics take it too: it reads each cell once, at the speed of memory. A part of it is one key
+head of one sequence with the query heads that share it.
+"""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.blocks import Blocks
+from kernels.cells import is_ring
+from kernels.cpu.call import Frame, Kernel, is_available, register
+from kernels.cpu.code import LANES, Code, Value
+from kernels.cpu.product import TYPES
+from kernels.exact import attention as exact
+from kernels.exact import functions
+from kernels.exact.sums import rounded
+from kernels.operands import Shared
+from kernels.options import Options
+from kernels.tracing.partition import split_by_rows_and_heads
+
+TILE = exact.TILE
+_VECTORS = (8, 4, 2, 1)  # of a value's numbers, whose sums stay in registers
+_LOWEST = -3.4e38
+
+
+def can_read(blocks: Blocks, q, shared: Shared, options: Options) -> bool:
+    """Whether `read` does this: cells of few types, and scores without a cap or ALiBi."""
+    if not is_available() or shared.alibi is not None or options.soft_cap is not None:
+        return False
+    arrays = jax.tree.leaves(blocks.arrays)
+    (S, H), Hv = arrays[0].shape[-2:], arrays[-1].shape[-1]
+    fits = len(arrays) == 2 and H % LANES == Hv % LANES == 0
+    fits = fits and all(x.dtype.name in TYPES for x in (*arrays, q))
+    return fits and (not options.exact or exact.is_in_order(S, H, Hv))
+
+
+def read(blocks: Blocks, i, q, shared: Shared, options: Options):
+    """`kernels.write_read.read`, where `can_read` says so."""
+    keys, values = blocks.arrays
+    S = keys.shape[-2]
+    layer = None if blocks.layer is None else blocks.layer.astype(jnp.int32)
+    sinks = None if shared.sinks is None else shared.sinks.astype(jnp.float32)
+    scaled = rounded(q[:, 0].astype(jnp.float32) * options.scale)
+    i = jnp.broadcast_to(i[:, 0], (len(q),)).astype(jnp.int32)
+    static = {
+        "cells": np.int64(S),
+        "is_ring": np.int64(is_ring(options, S)),
+        "window": np.int64(options.window or 2**31),
+    }
+    block = "b" * blocks.batched + "l" * (layer is not None) + "kch"
+    operands = scaled, keys, values, i, layer, sinks
+    axes = "bnh", block, block, "b", "", "n"
+    [z] = split_by_rows_and_heads(partial(_call, static), operands, axes, ["bnh"])
+    return rounded(z.astype(q.dtype))[:, None]
+
+
+def _call(static, q, keys, values, i, layer, sinks):
+    """q [B, N, H], keys [..., K, S, H], values [..., K, S, Hv], i [B] -> [z [B, N, Hv]]."""
+    (B, N, H), (K, S, _), Hv = q.shape, keys.shape[-3:], values.shape[-1]
+    layers = keys.size // (B * K * S * H)
+    result = jax.ShapeDtypeStruct((B, K, N // K, Hv), jnp.float32)
+    # Room for the scores, from the beginning of the first tile on.
+    scores = jax.ShapeDtypeStruct((B, K, N // K, -(-S // TILE) * TILE + TILE), jnp.float32)
+    layer = jnp.zeros((), jnp.int32) if layer is None else layer
+    sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks
+    call = jax.ffi.ffi_call(register(_kernel(keys.dtype.name, values.dtype.name)), (result, scores))
+    operands = q.reshape(B, K, N // K, H), keys, values, i, layer, sinks
+    return [call(*operands, **static, layers=np.int64(layers))[0].reshape(B, N, Hv)]
+
+
+@cache
+def _kernel(key_type, value_type):
+    run = partial(_head, key_type=key_type, value_type=value_type)
+    heads = lambda frame: frame.operand(0).size(0) * frame.operand(0).size(1)
+    return Kernel(f"unison_read_{key_type}_{value_type}", heads, run)
+
+
+def _head(frame: Frame, part, key_type, value_type):
+    """All query heads of one key head of one sequence."""
+    code = frame.code
+    q, keys, values, positions, layer, sinks = (frame.operand(n) for n in range(6))
+    z, scores = frame.result(0), frame.result(1)
+    cells, ring, layers, window = (frame.attribute(n) for n in range(4))
+    K, G, H, Hv = q.size(1), q.size(2), q.size(3), z.size(3)
+    row, head = part // K, part % K
+    i = code.small_integer(positions.address + row * 4)
+    block = (row * layers + code.small_integer(layer.address)) * K + head
+    first = code.larger(i - window + 1, 0)
+    # Beyond the last cell of a block that is no ring there is nothing to see.
+    stop = code.select(ring > 0, i + 1, code.smaller(i + 1, cells))
+    origin, places = first // TILE * TILE, scores.size(3)  # origin: the position of the first score
+    where = _Cells(code, cells, ring)
+    keys = keys.address + block * cells * H * TYPES[key_type]
+    values = values.address + block * cells * Hv * TYPES[value_type]
+    zero = code.number(0.0)
+    with code.loop(0, G) as g:
+        n = part * G + g
+        query, read = q.address + n * H * 4, z.address + n * Hv * 4
+        score, sink = scores.address + n * places * 4, sinks.address + (head * G + g) * 4
+        at = lambda p: score + (p - origin) * 4
+        peak, whole = code.variable(code.number(_LOWEST)), code.variable(zero)
+        with code.when(sinks.size(0) > 0):
+            peak.set(code.float(sink))
+        for begin, end, held in where.runs(first, stop):
+            _scores(code, query, keys, H, key_type, begin, end, held, at, peak)
+        with code.loop(0, Hv, LANES) as h:
+            code.put(code.splat(zero), read + h * 4)
+        with code.loop(origin, stop, TILE) as tile:
+            begin, end = code.larger(tile, first), code.smaller(tile + TILE, stop)
+            _weights(code, at(tile), begin - tile, end - tile, peak.get(), whole)
+            _mix(code, where, values, Hv, value_type, begin, end, at, read)
+        with code.when(first < stop):
+            with code.when(sinks.size(0) > 0):
+                whole.set(whole.get() + _exp(code, code.float(sink) - peak.get()))
+            share = code.splat(code.number(1.0) / whole.get())
+            with code.loop(0, Hv, LANES) as h:
+                code.put(code.vector(read + h * 4) * share, read + h * 4)
+
+
+class _Cells:
+    """In which cells positions lie: those of a ring in two runs."""
+
+    def __init__(self, code, cells, ring):
+        self.code, self.cells, self.ring = code, cells, ring
+
+    def runs(self, begin, end):
+        """Runs (begin, end, held) of positions begin <= p < end that lie in cells p - held."""
+        code = self.code
+        turn = code.select(self.ring > 0, (end - 1) // self.cells * self.cells, code.constant(0))
+        turn = code.larger(turn, 0)
+        middle = code.larger(code.smaller(turn, end), begin)
+        yield begin, middle, code.larger(turn - self.cells, 0)
+        yield middle, end, turn
+
+
+def _scores(code: Code, query, keys, H, dtype, begin, end, held, at, peak):
+    """Writes q.k of the positions of a run; each is one chain over the numbers of a head."""
+    size = TYPES[dtype]
+    cell = lambda p: keys + (p - held) * H * size
+    several = end - (end - begin) % LANES
+    highest = code.variable(code.splat(peak.get()))
+    with code.loop(begin, several, LANES) as p:
+        rows = [cell(p + n) for n in range(LANES)]
+        ahead = cell(p + LANES)
+        sums = code.variable(code.splat(code.number(0.0)))
+        with code.loop(0, H, LANES) as h:
+            lines = LANES * LANES * size // 64
+            for n in range(lines):
+                code.prefetch(ahead + h * (LANES * size) + 64 * n)
+            block = [code.vector(row + h * size, dtype) for row in rows]
+            for n, column in enumerate(code.transposed(block)):
+                one = code.splat(code.float(query + (h + n) * 4))
+                sums.set(code.fma(one, column, sums.get()))
+        code.put(sums.get(), at(p))
+        highest.set(code.larger(highest.get(), sums.get()))
+    for n in range(LANES):
+        peak.set(code.larger(peak.get(), code.lane(highest.get(), n)))
+    with code.loop(several, end) as p:
+        total = code.variable(code.number(0.0))
+        with code.loop(0, H) as h:
+            key = code.float(cell(p) + h * size, dtype)
+            total.set(code.fma(code.float(query + h * 4), key, total.get()))
+        code.put(total.get(), at(p))
+        peak.set(code.larger(peak.get(), total.get()))
+
+
+def _weights(code, tile, begin, end, peak, whole):
+    """Makes scores of a tile weights, zero where nothing is seen, and adds up what they are."""
+    zero = code.number(0.0)
+    with code.loop(0, begin) as n:
+        code.put(zero, tile + n * 4)
+    with code.loop(end, TILE) as n:
+        code.put(zero, tile + n * 4)
+    peaks, begins, ends = map(code.splat, (peak, code.narrow(begin), code.narrow(end)))
+    with code.loop(begin // LANES * LANES, end, LANES) as n:
+        places = code.counted(n)
+        weight = _exp(code, code.vector(tile + n * 4) - peaks)
+        seen = (places >= begins) & (places < ends)
+        code.put(code.select(seen, weight, code.splat(zero)), tile + n * 4)
+    total = _in_pairs([code.vector(tile + 4 * n) for n in range(0, TILE, LANES)])
+    whole.set(whole.get() + _in_pairs([code.lane(total, n) for n in range(LANES)]))
+
+
+def _mix(code, where, values, Hv, dtype, begin, end, at, read):
+    """Adds a tile's values, weighted; each number of it is one chain over the cells."""
+    size = TYPES[dtype]
+    done = code.variable(0)
+    for vectors in _VECTORS:
+        with code.repeat(lambda vectors=vectors: done.get() + vectors * LANES <= Hv):
+            h, zeros = done.get(), code.splat(code.number(0.0))
+            sums = [code.variable(zeros) for _ in range(vectors)]
+            for first, last, held in where.runs(begin, end):
+                with code.loop(first, last) as p:
+                    value = values + ((p - held) * Hv + h) * size
+                    weight = code.splat(code.float(at(p)))
+                    for n, total in enumerate(sums):
+                        term = code.vector(value + n * LANES * size, dtype)
+                        total.set(code.fma(weight, term, total.get()))
+            for n, total in enumerate(sums):
+                place = read + (h + n * LANES) * 4
+                code.put(code.vector(place) + total.get(), place)
+            done.set(h + vectors * LANES)
+
+
+def _exp(code: Code, x: Value) -> Value:
+    """`kernels.exact.functions.exp` of numbers up to 0."""
+    n = code.nearest(code.larger(x, -88.0) * functions.LOG2_E)
+    r = x - n * functions.LOG_2[0] - n * functions.LOG_2[1]
+    first, second, *others = functions.EXP
+    p = r * first + second
+    for c in others:
+        p = p * r + c
+    y = p * (r * r) + r + 1.0
+    n = code.whole(n)
+    half = n >> 1
+    y = y * code.float_of_bits((half + 127) << 23) * code.float_of_bits((n - half + 127) << 23)
+    y = code.select(x < -87.3, code.constant(0.0, y.value.type), y)
+    return code.select(x.equals(x), y, x)  # nan
+
+
+def _in_pairs(terms):
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    return terms[0]

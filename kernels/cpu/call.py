@@ -1,0 +1,185 @@
+"""A kernel as an operation of XLA on a CPU, whose parts run on XLA's own threads.
+
+XLA calls an address with a `XLA_FFI_CallFrame` (`xla/ffi/api/c_api.h`, which jaxlib carries). The
+threads of its pool, this one included, take part after part until none is left; a thread of the
+pool that comes late finds nothing to do, so nobody waits for a thread that is not there.
+"""
+
+import ctypes
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from llvmlite import ir
+
+from kernels.cpu import code as words
+from kernels.cpu.code import Code, Value
+from kernels.tracing import target
+
+# Offsets in bytes: see the header. The members of structs of the calling interface do not move
+# while its major version is 0; those of `XLA_FFI_Api` are counted in the header that is there.
+_EXTENSION, _API, _CONTEXT, _STAGE, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 8, 16, 24, 32, 72, 112, 160
+_EXECUTE = 3
+_FUNCTIONS = 48  # where the functions of `XLA_FFI_Api` begin
+_NEXT, _DONE, _PARTS, _USERS, _FRAME, _STATE_SIZE = 0, 8, 16, 24, 32, 40
+
+
+class Buffer(NamedTuple):
+    """An operand or a result: where its numbers begin, and the struct that has its shape."""
+
+    address: Value
+    struct: Value
+
+    def size(self, axis: int) -> Value:
+        """The number of elements along an axis."""
+        code = self.struct.code
+        return code.integer(code.integer(self.struct + 40) + 8 * axis)
+
+
+class Frame:
+    """What a call of a kernel was given."""
+
+    def __init__(self, code: Code, frame: Value):
+        self.code, self.frame = code, frame
+
+    def operand(self, n: int) -> Buffer:
+        """Operand n."""
+        return self._buffer(_ARGUMENTS, n)
+
+    def result(self, n: int) -> Buffer:
+        """Result n."""
+        return self._buffer(_RESULTS, n)
+
+    def attribute(self, n: int) -> Value:
+        """Attribute n in the order of their names, an integer of 64 bits."""
+        code = self.code
+        scalar = code.integer(code.integer(self.frame + _ATTRIBUTES) + 8 * n)
+        return code.integer(code.integer(scalar + 8))
+
+    def _buffer(self, offset, n):
+        code = self.code
+        struct = code.integer(code.integer(self.frame + offset) + 8 * n)
+        return Buffer(code.integer(struct + 24), struct)
+
+
+class Kernel(NamedTuple):
+    """A kernel that XLA can call by its name.
+
+    name: of the operation.
+    parts: `parts(frame) -> how many parts there are`.
+    run: `run(frame, part)` writes the code of one part; parts may run in any order, or at once.
+    """
+
+    name: str
+    parts: Callable
+    run: Callable
+
+
+@functools.cache
+def register(kernel: Kernel) -> str:
+    """Compiles a kernel and tells XLA of it; returns its name."""
+    module = ir.Module(kernel.name)
+    task = words.function(module, f"{kernel.name}_task", functools.partial(_task, kernel))
+    write = functools.partial(_handler, kernel, task, _api())
+    words.function(module, kernel.name, write)
+    address = words.compiled(module, kernel.name)
+    pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+    jax.ffi.register_ffi_target(kernel.name, jax.ffi.pycapsule(pointer), platform="cpu")
+    return kernel.name
+
+
+def is_available() -> bool:
+    """Whether the processor that is traced for is this one, and it and jaxlib can run kernels."""
+    return target.platform() == jax.default_backend() == "cpu" and _can_run()
+
+
+@functools.cache
+def _can_run():
+    return words.has_fma() and ctypes.sizeof(ctypes.c_void_p) == 8 and _api() is not None
+
+
+@functools.cache
+def _api():
+    """Where the functions of `XLA_FFI_Api` lie, by name; None if the interface is another one."""
+    try:
+        header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    except OSError:
+        return None
+    names = re.findall(r"^\s+_XLA_FFI_API_STRUCT_FIELD\(XLA_FFI_(\w+)\)", header, re.M)
+    found = {name: _FUNCTIONS + 8 * n for n, name in enumerate(names)}
+    needed = {"ThreadPool_Schedule", "ThreadPool_NumThreads", "Error_Destroy"}
+    is_known = re.search(r"^#define XLA_FFI_API_MAJOR 0$", header, re.M)
+    return found if is_known and needed <= found.keys() else None
+
+
+def _task(kernel, code, state):
+    """Takes parts until none is left; whoever is last to go frees the state."""
+    parts = code.integer(state + _PARTS)
+    part = code.variable(code.add_atomically(state + _NEXT, 1))
+    with code.repeat(lambda: part.get() < parts):
+        kernel.run(Frame(code, code.integer(state + _FRAME)), part.get())
+        code.add_atomically(state + _DONE, 1)
+        part.set(code.add_atomically(state + _NEXT, 1))
+    with code.when(code.add_atomically(state + _USERS, -1).equals(1)):
+        code.call("free", state)
+    return 0
+
+
+def _handler(kernel, task, api, code, frame):
+    extension = code.integer(frame + _EXTENSION)
+    asked = code.variable(0)
+    with code.when(extension > 0):  # XLA asks for the version of the interface
+        asked.set(1)
+        metadata, version = code.integer(extension + 24), code.integer(frame + _API)
+        code.put_small_integer(code.small_integer(version + 32), metadata + 24)
+        code.put_small_integer(code.small_integer(version + 36), metadata + 28)
+    runs = asked.get().equals(0) & code.small_integer(frame + _STAGE).equals(_EXECUTE)
+    with code.when(runs):
+        _execute(kernel, task, api, code, frame)
+    return 0
+
+
+def _execute(kernel, task, api, code, frame):
+    functions = code.integer(frame + _API)
+    function = lambda name: code.integer(functions + api[name])
+    # The arguments of calls of the interface, and behind them a number that one call returns.
+    arguments = code.call("malloc", 64)
+    number = arguments + 48
+    code.put_integer(1, number)
+    code.put_integer(0, arguments + 8)
+    code.put_integer(code.integer(frame + _CONTEXT), arguments + 16)
+    code.put_integer(number, arguments + 24)
+    code.put_integer(32, arguments)
+    _destroy(code, function, code.call(function("ThreadPool_NumThreads"), arguments))
+    parts = kernel.parts(Frame(code, frame))
+    helpers = code.smaller(code.integer(number), parts) - 1
+    state = code.call("malloc", _STATE_SIZE)
+    for offset, x in ((_NEXT, 0), (_DONE, 0), (_PARTS, parts), (_FRAME, frame)):
+        code.put_integer(x, state + offset)
+    code.put_integer(helpers + 2, state + _USERS)  # the task run here, and what waits below
+    code.put_integer(40, arguments)
+    code.put_integer(code.address_of(task), arguments + 24)
+    code.put_integer(state, arguments + 32)
+    with code.loop(0, helpers):
+        error = code.call(function("ThreadPool_Schedule"), arguments)
+        with code.when(error.equals(0).negated()):
+            code.add_atomically(state + _USERS, -1)
+            _destroy(code, function, error)
+    code.call("free", arguments)
+    code.call(code.address_of(task), state)
+    with code.repeat(lambda: code.add_atomically(state + _DONE, 0) < parts):
+        pass
+    with code.when(code.add_atomically(state + _USERS, -1).equals(1)):
+        code.call("free", state)
+
+
+def _destroy(code, function, error):
+    with code.when(error.equals(0).negated()):
+        arguments = code.call("malloc", 24)
+        for offset, x in ((0, 24), (8, 0), (16, error)):
+            code.put_integer(x, arguments + offset)
+        code.call(function("Error_Destroy"), arguments)
+        code.call("free", arguments)

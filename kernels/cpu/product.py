@@ -1,0 +1,116 @@
+"""Products of few rows with a matrix in panels: each sum has one order, whatever the rows.
+
+A panel is 64 columns, term after term, so that a thread reads memory in one go. Chains of sums stay
+in registers for so many terms as the nearest cache holds, which all rows take before the next.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.cpu.call import Frame, Kernel, register
+from kernels.cpu.code import LANES
+
+COLUMNS = 64  # of a panel
+TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a matrix, in bytes
+_TERMS = 64
+# Rows and vectors of columns whose sums fit the registers of any processor; one row takes others.
+_TILES = ((6, 2), (4, 2), (2, 2), (1, 2))
+_ONE_ROW = (1, COLUMNS // LANES)
+
+
+def panels(w):
+    """A matrix w [..., K, N] -> [..., N / 64, K, 64], filled up with zeros."""
+    *front, K, N = w.shape
+    w = jnp.pad(w, [(0, 0)] * (len(front) + 1) + [(0, -N % COLUMNS)])
+    return w.reshape(*front, K, -1, COLUMNS).swapaxes(-3, -2)
+
+
+def matrix(w):
+    """The matrix [..., K, N or more] of which `panels` made w."""
+    *front, count, K, columns = w.shape
+    return w.swapaxes(-3, -2).reshape(*front, K, count * columns)
+
+
+def product(x, w, block: int):
+    """x [M, K] times a matrix in panels w [P, K, 64] -> [M, 64 P], in float32.
+
+    Each number is the sum of chains of `block` terms, added one after the other; a chain begins at
+    zero and takes its terms in order, by multiply-adds that round once.
+
+    Args:
+      x: float32.
+      w: of one of `TYPES`.
+    """
+    result = jax.ShapeDtypeStruct((len(x), len(w) * COLUMNS), jnp.float32)
+    # The second result is room for the chains.
+    call = jax.ffi.ffi_call(register(_kernel(w.dtype.name)), (result, result))
+    return call(x, w, block=np.int64(block))[0]
+
+
+@functools.cache
+def _kernel(dtype):
+    run = functools.partial(_panel, dtype=dtype)
+    return Kernel(f"unison_product_{dtype}", lambda frame: frame.operand(1).size(0), run)
+
+
+def _panel(frame: Frame, panel, dtype):
+    """The columns of one panel."""
+    code = frame.code
+    x, w = frame.operand(0), frame.operand(1)
+    M, K, N = x.size(0), x.size(1), w.size(0) * COLUMNS
+    term = COLUMNS * TYPES[dtype]  # bytes
+    block, here = frame.attribute(0), panel * (4 * COLUMNS)
+    total, chain = (frame.result(n).address + here for n in range(2))
+    w = w.address + panel * K * term
+    tile = functools.partial(_tile, code, dtype, K, N)
+    with code.loop(0, K, block) as begin:
+        end = code.smaller(begin + block, K)
+        _each(code, M, N, lambda at: code.put(code.splat(code.number(0.0)), chain + at))
+        with code.when(M.equals(1)):
+            tile(_ONE_ROW, x.address + begin * 4, w + begin * term, chain, end - begin, None)
+        with code.when(M > 1), code.loop(begin, end, _TERMS) as k:
+            terms, ahead = code.smaller(end - k, _TERMS), w + (k + _TERMS) * term
+            with code.loop(0, COLUMNS, 2 * LANES) as column:
+                row, sums = code.variable(0), chain + column * 4
+                place, next_place = w + k * term + column * TYPES[dtype], ahead + column * term
+                for shape in _TILES:
+                    with code.repeat(lambda rows=shape[0]: row.get() + rows <= M):
+                        m = row.get()
+                        xs = x.address + (m * K + k) * 4
+                        tile(shape, xs, place, sums + m * N * 4, terms, next_place)
+                        row.set(m + shape[0])
+        sums = lambda at: code.vector(chain + at)
+        with code.when(begin.equals(0)):
+            _each(code, M, N, lambda at: code.put(sums(at), total + at))
+        with code.when(begin > 0):
+            _each(code, M, N, lambda at: code.put(code.vector(total + at) + sums(at), total + at))
+
+
+def _each(code, M, N, write):
+    """`write(where)` for the vectors of the panel's columns in all rows."""
+    with code.loop(0, M) as m:
+        for n in range(0, COLUMNS, LANES):
+            write(m * N * 4 + n * 4)
+
+
+def _tile(code, dtype, K, N, shape, x, w, sums, terms, ahead):
+    """Continues the chains of some rows and columns by so many terms."""
+    rows, vectors = shape
+    places = [[sums + N * (4 * m) + 4 * LANES * v for v in range(vectors)] for m in range(rows)]
+    held = [[code.variable(code.vector(at)) for at in row] for row in places]
+    size = TYPES[dtype]
+    with code.loop(0, terms) as k:
+        here = w + k * (COLUMNS * size)
+        if ahead is not None:  # each column's turn asks for its share of the terms to come
+            code.prefetch(ahead + k * (vectors * LANES * size))
+        ws = [code.vector(here + v * LANES * size, dtype) for v in range(vectors)]
+        for m in range(rows):
+            one = code.splat(code.float(x + (K * m + k) * 4))
+            for v in range(vectors):
+                held[m][v].set(code.fma(one, ws[v], held[m][v].get()))
+    for variables, row in zip(held, places, strict=True):
+        for variable, at in zip(variables, row, strict=True):
+            code.put(variable.get(), at)

@@ -1,0 +1,54 @@
+"""Products of few rows on a CPU: their bits are those of chains of multiply-adds, written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.cpu.call import is_available
+from kernels.cpu.product import TYPES, matrix, panels, product
+from kernels.exact.order import chains
+
+pytestmark = pytest.mark.skipif(not is_available(), reason="kernels of a CPU, with multiply-adds")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 64), (130, 65), (200, 192)])
+@pytest.mark.parametrize("block", [64, 100, 512])
+def test_each_row_is_a_sum_in_one_order(shape, dtype, block, rng):
+    K, N = shape
+    rows = int(rng.integers(1, 20))
+    x = rng.standard_normal((rows, K)).astype(np.float32)
+    w = jnp.asarray(rng.standard_normal((K, N)), dtype)
+    run = jax.jit(lambda x, w: product(x, w, block))
+    y = run(x, panels(w))
+    assert y.shape == (rows, N + -N % 64) and y.dtype == np.float32
+    np.testing.assert_array_equal(y[:, :N], chains(x, np.asarray(w, np.float32), block))
+    assert not np.asarray(y[:, N:]).any()
+    np.testing.assert_array_equal(run(x[-1:], panels(w)), y[-1:])
+
+
+def test_the_matrix_comes_back_from_its_panels(rng):
+    w = jnp.asarray(rng.standard_normal((3, 5, 100)))
+    assert panels(w).shape == (3, 2, 5, 64)
+    np.testing.assert_array_equal(matrix(panels(w))[..., :100], w)
+
+
+def test_what_is_no_number_shows(rng):
+    x = rng.standard_normal((2, 8)).astype(np.float32)
+    x[1, 3] = np.nan
+    y = product(x, panels(jnp.ones((8, 64))), 512)
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
+
+
+def test_many_calls_at_once(rng):
+    """Threads of the pool come late, to calls that have ended."""
+    x = jnp.asarray(rng.standard_normal((2, 64)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((64, 640)), jnp.float32)
+    expected = product(x, panels(w), 64)
+
+    def step(n, worst):
+        y = product(x + 0 * worst, panels(w), 64)
+        return jnp.maximum(worst, jnp.abs(y - expected).max())
+
+    assert jax.jit(lambda: jax.lax.fori_loop(0, 2000, step, 0.0))() == 0
