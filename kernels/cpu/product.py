@@ -14,7 +14,8 @@ from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.code import LANES
 
 COLUMNS = 64  # of a panel
-TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a matrix, in bytes
+TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of floats, in bytes
+_SIZES = TYPES | {"int8": 1}
 _TERMS = 64
 # Rows and vectors of columns whose sums fit the registers of any processor; one row takes others.
 _TILES = ((6, 2), (4, 2), (2, 2), (1, 2))
@@ -34,7 +35,7 @@ def matrix(w):
     return w.swapaxes(-3, -2).reshape(*front, K, count * columns)
 
 
-def product(x, w, block: int):
+def product(x, w, block: int, scales=None):
     """x [M, K] times a matrix in panels w [P, K, 64] -> [M, 64 P], in float32.
 
     Each number is the sum of chains of `block` terms, added one after the other; a chain begins at
@@ -42,12 +43,14 @@ def product(x, w, block: int):
 
     Args:
       x: float32.
-      w: of one of `TYPES`.
+      w: of one of `TYPES`, or int8.
+      scales: of int8, float32 [P, K / block, 64]: a factor of each chain.
     """
     result = jax.ShapeDtypeStruct((len(x), len(w) * COLUMNS), jnp.float32)
     # The second result is room for the chains.
     call = jax.ffi.ffi_call(register(_kernel(w.dtype.name)), (result, result))
-    return call(x, w, block=np.int64(block))[0]
+    operands = (x, w) if scales is None else (x, w, scales)
+    return call(*operands, block=np.int64(block))[0]
 
 
 @functools.cache
@@ -61,39 +64,44 @@ def _panel(frame: Frame, panel, dtype):
     code = frame.code
     x, w = frame.operand(0), frame.operand(1)
     M, K, N = x.size(0), x.size(1), w.size(0) * COLUMNS
-    term = COLUMNS * TYPES[dtype]  # bytes
+    term = COLUMNS * _SIZES[dtype]  # bytes
     block, here = frame.attribute(0), panel * (4 * COLUMNS)
     total, chain = (frame.result(n).address + here for n in range(2))
     w = w.address + panel * K * term
     tile = functools.partial(_tile, code, dtype, K, N)
     with code.loop(0, K, block) as begin:
         end = code.smaller(begin + block, K)
-        _each(code, M, N, lambda at: code.put(code.splat(code.number(0.0)), chain + at))
+        _each(code, M, N, lambda n, at: code.put(code.splat(code.number(0.0)), chain + at))
         with code.when(M.equals(1)):
             tile(_ONE_ROW, x.address + begin * 4, w + begin * term, chain, end - begin, None)
         with code.when(M > 1), code.loop(begin, end, _TERMS) as k:
             terms, ahead = code.smaller(end - k, _TERMS), w + (k + _TERMS) * term
             with code.loop(0, COLUMNS, 2 * LANES) as column:
                 row, sums = code.variable(0), chain + column * 4
-                place, next_place = w + k * term + column * TYPES[dtype], ahead + column * term
+                place, next_place = w + k * term + column * _SIZES[dtype], ahead + column * term
                 for shape in _TILES:
                     with code.repeat(lambda rows=shape[0]: row.get() + rows <= M):
                         m = row.get()
                         xs = x.address + (m * K + k) * 4
                         tile(shape, xs, place, sums + m * N * 4, terms, next_place)
                         row.set(m + shape[0])
-        sums = lambda at: code.vector(chain + at)
+        sums = lambda n, at: code.vector(chain + at)
+        if dtype == "int8":
+            scale = frame.operand(2)
+            scale = scale.address + (panel * scale.size(1) + begin // block) * (4 * COLUMNS)
+            sums = lambda n, at: code.vector(chain + at) * code.vector(scale + 4 * n)
         with code.when(begin.equals(0)):
-            _each(code, M, N, lambda at: code.put(sums(at), total + at))
+            _each(code, M, N, lambda n, at: code.put(sums(n, at), total + at))
         with code.when(begin > 0):
-            _each(code, M, N, lambda at: code.put(code.vector(total + at) + sums(at), total + at))
+            add = lambda n, at: code.put(code.vector(total + at) + sums(n, at), total + at)
+            _each(code, M, N, add)
 
 
 def _each(code, M, N, write):
-    """`write(where)` for the vectors of the panel's columns in all rows."""
+    """`write(column, where)` for the vectors of the panel's columns in all rows."""
     with code.loop(0, M) as m:
         for n in range(0, COLUMNS, LANES):
-            write(m * N * 4 + n * 4)
+            write(n, m * N * 4 + n * 4)
 
 
 def _tile(code, dtype, K, N, shape, x, w, sums, terms, ahead):
@@ -101,7 +109,7 @@ def _tile(code, dtype, K, N, shape, x, w, sums, terms, ahead):
     rows, vectors = shape
     places = [[sums + N * (4 * m) + 4 * LANES * v for v in range(vectors)] for m in range(rows)]
     held = [[code.variable(code.vector(at)) for at in row] for row in places]
-    size = TYPES[dtype]
+    size = _SIZES[dtype]
     with code.loop(0, terms) as k:
         here = w + k * (COLUMNS * size)
         if ahead is not None:  # each column's turn asks for its share of the terms to come

@@ -51,8 +51,7 @@ def _lay_out(params: Params, exact) -> Params:
 
     def one(part):
         if isinstance(part, Linear):
-            weight = part.weight
-            return part if is_matrix(weight) else part.replace(weight=lay_out(weight, exact))
+            return part.replace(weight=lay_out(part.weight, exact))
         if not takes(part):
             return part
         kept = {name: getattr(part, name) for name in _AS_THEY_ARE[type(part)]}
@@ -61,7 +60,7 @@ def _lay_out(params: Params, exact) -> Params:
         return jax.tree.map(one, others, is_leaf=inner).replace(**kept)
 
     table = params.embedding
-    if params.output is None and not is_matrix(table):
+    if params.output is None:
         table = lay_out_table(table, exact)
     rest = jax.tree.map(one, params.replace(embedding=None), is_leaf=takes)
     return rest.replace(embedding=table)

@@ -13,6 +13,7 @@ from kernels.exact.order import order
 from kernels.exact.products import product, product_by_output
 from transformer.numerics.matrix import Matrix, is_matrix, row
 from transformer.numerics.products import define, exact_run
+from transformer.numerics.quantised import is_quantised
 
 _BLOCK = 512  # terms that fast products sum in one chain
 _FEW_ROWS = 64  # more take the library's product, for which the matrix is put together again
@@ -26,9 +27,11 @@ class Packed(Matrix):
       panels: those of `kernels.cpu.product`.
       columns: out.
       block: of how many terms a chain of a sum is.
+      scales: of panels of int8, [..., panels, in / block, 64]; None for floats.
     """
 
     panels: jax.Array
+    scales: jax.Array | None
     columns: int = struct.field(pytree_node=False)
     block: int = struct.field(pytree_node=False)
 
@@ -41,16 +44,17 @@ class Packed(Matrix):
     @property
     def dtype(self):
         """The type of its numbers."""
-        return self.panels.dtype
+        return (self.panels if self.scales is None else self.scales).dtype
 
     def dot(self, x: jax.Array, exact: bool) -> jax.Array:
         """x [in] times the matrix -> [out]."""
-        y = dot_packed_p.bind(x[None], self.panels, block=self.block, exact=exact)
+        arrays = jax.tree.leaves(self)
+        y = dot_packed_p.bind(x[None], *arrays, block=self.block, exact=exact)
         return y[0][0, : self.columns]
 
     def dense(self) -> jax.Array:
         """The matrix as an array."""
-        return few_rows.matrix(self.panels)[..., : self.columns]
+        return _matrix(self.panels, self.scales)[..., : self.columns]
 
 
 @struct.dataclass
@@ -84,19 +88,25 @@ class Table(Matrix):
         return self.rows
 
 
-def lay_out(w: jax.Array, exact: bool) -> jax.Array | Matrix:
+def lay_out(w: jax.Array | Matrix, exact: bool) -> jax.Array | Matrix:
     """A matrix w [..., in, out] as it lies best for few rows, which may be as it is."""
-    if not call.is_available() or w.dtype.name not in few_rows.TYPES:
+    if not call.is_available():
         return w
     K, N = w.shape[-2:]
-    block = order(K, N + -N % few_rows.COLUMNS, jnp.float32).block if exact else min(K, _BLOCK)
-    return Packed(few_rows.panels(w), N, block) if block else w
+    if is_quantised(w) and not exact:
+        values, scales = map(few_rows.panels, (w.values, w.scales))
+        return Packed(values, scales, N, K // w.scales.shape[-2])
+    if is_matrix(w) or w.dtype.name not in few_rows.TYPES:
+        return w
+    wide = N + -N % few_rows.COLUMNS
+    block = order(K, wide, jnp.float32).block if exact else min(K, _BLOCK)
+    return Packed(few_rows.panels(w), None, N, block) if block else w
 
 
-def lay_out_table(table: jax.Array, exact: bool) -> jax.Array | Matrix:
+def lay_out_table(table: jax.Array | Matrix, exact: bool) -> jax.Array | Matrix:
     """A table [V, E], of which one looks rows up, and multiplies by its transpose."""
     transpose = lay_out(table.T, exact)
-    return Table(table, transpose) if is_matrix(transpose) else table
+    return Table(table, transpose) if isinstance(transpose, Packed) else table
 
 
 def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -104,19 +114,22 @@ def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
     return dot_by_output_p.bind(x[None], w)[0][0]
 
 
-def _run_packed(x, w, block, exact):
-    """x [M, K], w [P, K, 64] -> [[M, 64 P]]."""
+def _run_packed(x, w, *scales, block, exact):
+    """x [M, K], w [P, K, 64], scales [P, K / block, 64] if it is int8 -> [[M, 64 P]]."""
     many = len(x) > _FEW_ROWS
+    few = lambda x, w: few_rows.product(x.astype(jnp.float32), w, block, *scales)
     if exact:
-        exactly = lambda x, w: product(x, few_rows.matrix(w)) if many else _few(x, w, block)
-        return exact_run(exactly, x, w)
-    if many:
-        return [x @ few_rows.matrix(w).astype(x.dtype)]
-    return [_few(x, w, block).astype(x.dtype)]
+        return exact_run(lambda x, w: product(x, _matrix(w)) if many else few(x, w), x, w)
+    y = x @ _matrix(w, *scales).astype(x.dtype) if many else few(x, w)
+    return [y.astype(x.dtype)]
 
 
-def _few(x, w, block):
-    return few_rows.product(x.astype(jnp.float32), w, block)
+def _matrix(panels, scales=None):
+    """The matrix [..., in, out or more] that is in these panels."""
+    w = few_rows.matrix(panels)
+    if scales is None:
+        return w
+    return w * jnp.repeat(few_rows.matrix(scales), w.shape[-2] // scales.shape[-2], -2)
 
 
 def _run_by_output(x, w):

@@ -52,3 +52,16 @@ def test_many_calls_at_once(rng):
         return jnp.maximum(worst, jnp.abs(y - expected).max())
 
     assert jax.jit(lambda: jax.lax.fori_loop(0, 2000, step, 0.0))() == 0
+
+
+def test_int8_with_scales(rng):
+    x = rng.standard_normal((5, 128)).astype(np.float32)
+    w = rng.integers(-127, 128, (128, 100)).astype(np.int8)
+    scales = rng.standard_normal((4, 100)).astype(np.float32)
+    y = product(x, panels(w), 32, panels(scales))[:, :100]
+    expected = np.float64(x) @ (w * np.repeat(np.float64(scales), 32, 0))
+    # 128 terms of size 100 in float32.
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2)
+    chain = [chains(x[:, k : k + 32], np.float32(w[k : k + 32]), 32) for k in range(0, 128, 32)]
+    parts = [one * scale for one, scale in zip(chain, scales, strict=True)]
+    np.testing.assert_array_equal(y, ((parts[0] + parts[1]) + parts[2]) + parts[3])
