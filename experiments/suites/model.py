@@ -181,7 +181,7 @@ def _decode(subject, params, case, batch, size, start):
         return jax.lax.scan(step, (cache, token), start + jnp.arange(NEW))[0]
 
     moved = NEW * _step_bytes(config, params, batch, start + NEW // 2)
-    params = lay_out_params(params, f.numerics)
+    params = lay_out_params(f, params)
     state = init_cache(config, size), _tokens(config, 1)[0]
     if batch > 1:
         generate = jax.vmap(generate, in_axes=(None, 0, 0))

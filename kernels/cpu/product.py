@@ -16,9 +16,10 @@ from kernels.cpu.code import LANES
 COLUMNS = 64  # of a panel
 TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of floats, in bytes
 _SIZES = TYPES | {"int8": 1}
-_TERMS = 64
-# Rows and vectors of columns whose sums fit the registers of any processor; one row takes others.
-_TILES = ((6, 2), (4, 2), (2, 2), (1, 2))
+_TERMS = 32
+# Rows and vectors of columns whose sums fit the registers of any processor; a single row takes all
+# columns of the panel, which it reads in one go.
+_TILES = ((4, 2), (2, 4), (1, 8))
 _ONE_ROW = (1, COLUMNS // LANES)
 
 
@@ -76,15 +77,22 @@ def _panel(frame: Frame, panel, dtype):
             tile(_ONE_ROW, x.address + begin * 4, w + begin * term, chain, end - begin, None)
         with code.when(M > 1), code.loop(begin, end, _TERMS) as k:
             terms, ahead = code.smaller(end - k, _TERMS), w + (k + _TERMS) * term
-            with code.loop(0, COLUMNS, 2 * LANES) as column:
-                row, sums = code.variable(0), chain + column * 4
-                place, next_place = w + k * term + column * _SIZES[dtype], ahead + column * term
-                for shape in _TILES:
-                    with code.repeat(lambda rows=shape[0]: row.get() + rows <= M):
-                        m = row.get()
-                        xs = x.address + (m * K + k) * 4
-                        tile(shape, xs, place, sums + m * N * 4, terms, next_place)
-                        row.set(m + shape[0])
+            row = code.variable(0)
+            for rows, vectors in _TILES:
+                with code.repeat(lambda rows=rows: row.get() + rows <= M):
+                    m = row.get()
+                    for first in range(0, COLUMNS // LANES, vectors):
+                        column = first * LANES
+                        shape = rows, min(vectors, COLUMNS // LANES - first)
+                        tile(
+                            shape,
+                            x.address + (m * K + k) * 4,
+                            w + k * term + column * _SIZES[dtype],
+                            chain + (m * N + column) * 4,
+                            terms,
+                            ahead + terms * (column * _SIZES[dtype]),
+                        )
+                    row.set(m + rows)
         sums = lambda n, at: code.vector(chain + at)
         if dtype == "int8":
             scale = frame.operand(2)
@@ -113,7 +121,9 @@ def _tile(code, dtype, K, N, shape, x, w, sums, terms, ahead):
     with code.loop(0, terms) as k:
         here = w + k * (COLUMNS * size)
         if ahead is not None:  # each column's turn asks for its share of the terms to come
-            code.prefetch(ahead + k * (vectors * LANES * size))
+            lines = -(-vectors * LANES * size // 64)
+            for n in range(lines):
+                code.prefetch(ahead + (k * lines + n) * 64)
         ws = [code.vector(here + v * LANES * size, dtype) for v in range(vectors)]
         for m in range(rows):
             one = code.splat(code.float(x + (K * m + k) * 4))

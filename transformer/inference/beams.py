@@ -78,7 +78,7 @@ def beam_search(
     params = cast_params(config, model.params)
     prefill = Prefill(config, f, params, capacity_for(len(prompt) + max_new_tokens), [prompt])
     cache = prefill([prompt] * num_beams)
-    params = lay_out_params(params, f.numerics)
+    params = lay_out_params(f, params)
     vocab_size = np.int32(tokenizer.vocab_size if tokenizer else config.vocab_size)
     parents, tokens = np.arange(num_beams), np.full(num_beams, prompt[-1], np.int32)
     # All beams are the prompt, so only the first may go on.

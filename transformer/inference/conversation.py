@@ -14,7 +14,7 @@ from transformer.inference.completion import Completion, Writer
 from transformer.inference.decode import State, capacity_for, decode, stop_ids
 from transformer.inference.options import Options
 from transformer.inference.prefill import chunk_size, empty_row
-from transformer.inference.prepare import cast_params
+from transformer.inference.prepare import cast_params, lay_out_params
 from transformer.inference.prompts import prompt_keys, stop_conditions
 from transformer.modes.schedule import parallel
 from transformer.program.fit import check_params
@@ -53,7 +53,7 @@ class Conversation:
         self._model, self._tokenizer = model, model.tokenizer
         self._stops = stop_conditions(model.config, model.tokenizer, self._options.stop)
         self._program = _program(model.config, self._options)
-        self._params = cast_params(model.config, model.params)
+        self._params = _prepared(self._program, model.config, model.params)
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.positions_run = 0
         self._text, self._tokens = "", []  # what has been said, of which all but the last is cells
@@ -162,7 +162,7 @@ def compile_replies(config: Config, params: Params, **options) -> None:
     """
     options = Options(**options)
     f = _program(config, options)
-    params = jax.eval_shape(partial(cast_params, config), params)
+    params = jax.eval_shape(partial(_prepared, f, config), params)
     capacity, size = capacity_for(_FIRST_CAPACITY), chunk_size()
     cache = jax.eval_shape(partial(empty_row, config, capacity))
     state, how = _begin(config, options, cache, capacity, [0], None, ())
@@ -178,6 +178,11 @@ def _program(config, options):
     return options.program or program(
         config, numerics=options.numerics, attention=options.attention
     )
+
+
+def _prepared(f, config, params):
+    """As a loop of steps takes them, and chunks as well, which are short."""
+    return lay_out_params(f, cast_params(config, params))
 
 
 @partial(jax.jit, static_argnames="f", donate_argnames="cache")

@@ -1,5 +1,6 @@
 """Parameters made ready for a loop of many steps, so that no step does it again."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,11 +10,11 @@ from kernels.tracing.target import platform
 from transformer.config import Config
 from transformer.numerics.layouts import lay_out, lay_out_table
 from transformer.numerics.matrix import is_matrix
-from transformer.numerics.numerics import Numerics
 from transformer.program.experts import Experts
 from transformer.program.latent import LatentAttention
 from transformer.program.linear import Linear
 from transformer.program.params import Params
+from transformer.program.program import Program
 
 # What is not multiplied by with `Numerics.dot`, but as a whole or by groups of rows.
 _AS_THEY_ARE = {LatentAttention: ("key", "value"), Experts: ("up", "gate", "down")}
@@ -24,16 +25,17 @@ def cast_params(config: Config, params: Params) -> Params:
     return params if config.compute_dtype == jnp.float32 else _cast(config, params)
 
 
-def lay_out_params(params: Params, numerics: Numerics) -> Params:
-    """Parameters whose matrices lie as products of few rows are fastest on a CPU.
+def lay_out_params(f: Callable, params: Params) -> Params:
+    """Parameters of f whose matrices lie as products of few rows are fastest on a CPU.
 
-    Those that lie otherwise than before are copies. Elsewhere than on a CPU, and where parameters
-    are split over devices, all stay as they are.
+    Those that lie otherwise than before are copies. Elsewhere than on a CPU, where parameters are
+    split over devices, and for a program of a user's own, all stay as they are.
     """
-    split = any(len(x.devices()) > 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
-    if split or platform() != "cpu":
+    is_placed = lambda x: isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    split = any(len(x.devices()) > 1 for x in filter(is_placed, jax.tree.leaves(params)))
+    if split or platform() != "cpu" or not isinstance(f, Program):
         return params
-    return _lay_out(params, numerics.exact)
+    return _lay_out(params, f.numerics.exact)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -14,7 +14,6 @@ from transformer.inference.options import Options
 from transformer.inference.prefill import Prefill
 from transformer.inference.prepare import cast_params, lay_out_params
 from transformer.inference.prompts import prompt_keys
-from transformer.program.program import Program
 
 
 class Rows:
@@ -73,7 +72,7 @@ class Rows:
         """
         self.state, n, drawn = decode(
             self.f,
-            self._laid_out,
+            self.laid_out,
             self.state,
             running,
             self.sampling,
@@ -91,11 +90,9 @@ class Rows:
             yield from ((row, drawn.at(step, row)) for row in rows)
 
     @functools.cached_property
-    def _laid_out(self):
-        """The parameters as decoding takes them; a program of a user's own has them as they are."""
-        if not isinstance(self.f, Program):
-            return self.params
-        return lay_out_params(self.params, self.f.numerics)
+    def laid_out(self):
+        """The parameters as steps of few tokens take them."""
+        return lay_out_params(self.f, self.params)
 
     def _begin(self, sequences):
         """The state of sequences whose prompts have been run."""

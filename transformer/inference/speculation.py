@@ -20,7 +20,7 @@ from transformer.config import Config
 from transformer.inference.decode import State
 from transformer.inference.drawn import Drawn, draw_token
 from transformer.inference.prefill import Prefill
-from transformer.inference.prepare import cast_params
+from transformer.inference.prepare import cast_params, lay_out_params
 from transformer.inference.rows import Rows, put_row
 from transformer.inference.sampling import sample
 from transformer.modes.schedule import parallel
@@ -100,7 +100,7 @@ class SpeculativeRows(Rows):
         drafts = self._drafter.propose(running)
         self.state, counts, drawn = verify(
             self.f,
-            self.params,
+            self.laid_out,
             self.state,
             drafts,
             running,
@@ -230,6 +230,7 @@ class _Smaller:
             )
         self._f, self._params = program(config), cast_params(config, options.model.params)
         self._prefill = Prefill(config, self._f, self._params, rows.capacity, rows.prompts)
+        self._laid_out = lay_out_params(self._f, self._params)
         self._count, self._rows = options.tokens, rows
         self._rolls_back = changes_cells(config)
         self._cache = self._prefill(rows.prompts[: rows.size])
@@ -240,7 +241,7 @@ class _Smaller:
     def propose(self, running):
         rows = self._rows
         self._after, drafts = _propose(
-            self._f, self._params, self._cache, rows.state, running, rows.sampling, self._count
+            self._f, self._laid_out, self._cache, rows.state, running, rows.sampling, self._count
         )
         return drafts
 
@@ -250,7 +251,7 @@ class _Smaller:
             return
         token, i = before
         self._cache = _run_again(
-            self._f, self._params, self._cache, token, i, drafts, running, counts
+            self._f, self._laid_out, self._cache, token, i, drafts, running, counts
         )
 
 
