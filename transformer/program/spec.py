@@ -11,8 +11,8 @@ class LayerSpec:
     """One layer of an architecture.
 
     Attributes:
-      config: the architecture, in which `window` is that of this layer, and `num_experts` is 0
-        where it has none.
+      config: the architecture, in which `window` and `layer_kinds` are those of this layer, and
+        `num_experts` is 0 where it has none.
       kind: one of `config.LAYER_KINDS`.
       backend: what runs its attention.
       numerics: what it computes with.
@@ -44,7 +44,7 @@ def layer_specs(
         kind, window = layer
         shares = kind == "attention" and n >= config.num_layers - config.num_shared_kv_layers
         spec = LayerSpec(
-            _of_layer(config, n, window),
+            _of_layer(config, n, kind, window),
             kind,
             backend,
             numerics,
@@ -57,8 +57,11 @@ def layer_specs(
     return tuple(specs)
 
 
-def _of_layer(config, n, window):
+def _of_layer(config, n, kind, window):
     """The config as one layer sees it."""
     if n < config.num_dense_layers:
         config = config.replace(num_experts=0, num_dense_layers=0)
-    return config.replace(window=window)
+    # What is allowed depends on the kinds of all layers: a kind that takes no window, beside one
+    # that has one.
+    cache_dtype = config.cache_dtype if kind == "attention" else None
+    return config.replace(window=window, layer_kinds=kind, cache_dtype=cache_dtype)
