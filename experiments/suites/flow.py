@@ -16,11 +16,12 @@ PROBABILITIES = "probability", "lens_probability", "cut_probability"
 
 
 def texts(tokenizer, tokens) -> list[str]:
-    """The text of each token by itself; one that begins or ends a document is named."""
-    named = dict.fromkeys(tokenizer.ends, "<end>") | dict.fromkeys(
-        tokenizer.document_start, "<begin>"
-    )
-    return [named[t] if t in named else tokenizer.decode([t]) for t in map(int, tokens)]
+    """The text of each token by itself, and the names of special ones, such as <|endoftext|>.
+
+    Bytes that are a part of a character are written as in "\\xe4".
+    """
+    inside = lambda token: tokenizer.token_bytes(token).decode(errors="backslashreplace")
+    return [inside(t) or tokenizer.token(t) or f"#{t}" for t in map(int, tokens)]
 
 
 def page(found, cuts: dict, tokenizer, served: bool = False) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.suites.flow import cut_reads, page, server
+from experiments.suites.flow import cut_reads, page, server, texts
+from transformer.data.tokenizer import byte_tokenizer
 from transformer.insight import flow
 from transformer.program.init import init_cache
 from transformer.program.program import program
@@ -29,7 +30,6 @@ def workdir(tmp_path_factory):
     import jax
 
     from transformer import Model, init_params, presets, save
-    from transformer.data.tokenizer import byte_tokenizer
 
     path = tmp_path_factory.mktemp("flow") / "model"
     config = presets["tiny"]
@@ -63,13 +63,20 @@ def test_it_writes_pictures_and_a_page(workdir, tmp_path):
     assert "DATA" not in html
 
 
+def test_every_token_has_a_text():
+    """Also one that is a part of a character, and a special one."""
+    tokenizer = byte_tokenizer()
+    found = texts(tokenizer, [tokenizer.end_of_document, *tokenizer.encode("a é\n")])
+    assert found == ["<|endoftext|>", "a", " ", "\\xc3", "\\xa9", "\n"]
+
+
 def test_the_page_stands_alone_and_holds_its_data(served):
     _, html = served
     assert not re.findall(r"""(?:src|href)=["']""", html) and "import(" not in html
     HTMLParser().feed(html)
     [data] = re.findall(r'type="application/json">(.*?)</script>', html, re.DOTALL)
     data = json.loads(data)
-    assert data["texts"] == ["<begin>", "<", "/", "a", ">"]
+    assert data["texts"] == ["<|endoftext|>", "<", "/", "a", ">"]
     assert len(data["reads"]) == 5 and all(data["reads"])
     for t, reads in enumerate(data["reads"]):
         assert all(block < 2 and cell <= reader <= t for block, reader, cell, _ in reads)

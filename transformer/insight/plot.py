@@ -39,7 +39,8 @@ def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: f
         *at, c=colors, marker="s", s=90, cmap="Greys", vmin=0, vmax=1, edgecolors="black", zorder=2
     )
     axes.scatter(last, blocks, marker="o", s=90, color="black", zorder=2)
-    axes.set_xticks(range(length), [repr(text)[1:-1] for text in texts], rotation=60, ha="right")
+    labels = map(label, texts)
+    axes.set_xticks(range(length), labels, rotation=60, ha="right", parse_math=False)
     axes.set_yticks(range(blocks + 1), [*(f"block {n}" for n in range(blocks)), "prediction"])
     axes.set_xlim(-0.6, length - 0.4)
     axes.set_ylim(-0.6, blocks + 0.6)
@@ -50,6 +51,17 @@ def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: f
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure
+
+
+def label(text: str, longest: int = 18) -> str:
+    """A token's text as a figure can show it: spaces seen, and escaped what the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    escaped = lambda x: x.encode("unicode_escape").decode()
+    shown = lambda x: x if x.isprintable() and ord(x) in known else escaped(x)
+    text = "".join(map(shown, text)).replace(" ", "\N{MIDDLE DOT}")
+    return text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def strong(edges, threshold: float):

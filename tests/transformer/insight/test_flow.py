@@ -1,11 +1,13 @@
 """The flow of a prompt: edges by hand, cuts by hand, and its picture."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from transformer.insight import cut, flow, intervene, plot_flow, without_reads
-from transformer.insight.plot import strong
+from transformer.insight.plot import label, strong
 from transformer.modes.schedule import run
 
 
@@ -43,3 +45,15 @@ def test_the_flow_of_a_prompt(kind, model):
     [axes] = figure.axes
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     assert len(axes.lines) == len(strong(found.edges[-1], 0.3)) > 0
+
+
+def test_labels_show_what_a_token_is():
+    """White space, characters that the font lacks, signs of formulas, and long runs."""
+    shown = [" the", "\n  ", "$a$", "\u4e2d", "-" * 40]
+    expected = ["·the", "\\n··", "$a$", "\\u4e2d", "-" * 17 + "…"]
+    assert list(map(label, shown)) == expected
+    still = np.zeros((5, 1, 5, 5), np.float32)
+    found = SimpleNamespace(edges=still)  # of which nothing owes to anything
+    figure = plot_flow(found, shown)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert [x.get_text() for x in figure.axes[0].get_xticklabels()] == expected
