@@ -12,6 +12,7 @@ Intervals are of 95 %, over documents that were held out of training.
 import json
 import shlex
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,8 +88,7 @@ def rows_of(tokenizer, documents, count: int, length: int):
 
 def report_of(measures, ways, claims) -> str:
     """The report, Markdown."""
-    command = f"python -m experiments.essay {shlex.join(sys.argv[1:])}"
-    lines = ["# The claims, measured", "", f"    {command}", "", "## Claims", ""]
+    lines = ["# The claims, measured", "", f"    {command()}", "", "## Claims", ""]
     for claim in claims:
         lines += [f"- **{claim.verdict.capitalize()}**: {claim.sentence} ({claim.figures}.)"]
     lines += ["", "## By block", "", *_by_block(measures)]
@@ -99,6 +99,11 @@ def report_of(measures, ways, claims) -> str:
     ]
     lines += _table(["way", *ways[0].lengths], [[way.name, *said(way)] for way in ways])
     return "\n".join([*lines, ""])
+
+
+def command() -> str:
+    """What was typed, which makes every figure again."""
+    return f"python -m experiments.essay {shlex.join(sys.argv[1:])}"
 
 
 def _by_block(measures):
@@ -132,6 +137,7 @@ def plot(measures, learned, ways):
 
     rows = -(-(len(measures) + 4) // 2)
     figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(command(), 110)), fontsize=8, family="monospace")
     axes = iter(figure.subplots(rows, 2).ravel())
 
     def panel(title, xlabel, ylabel):

@@ -119,12 +119,19 @@ def _shares(seen, block):
     """How much of what each token read of a block came from which cell: [T, T], sums of 1.
 
     In attention the weights, the mean over heads. In other memories, which have none, the size of
-    what came from the cell along what was read.
+    what came from the cell along what was read. Where a block is read again, the mean over reads.
     """
-    if isinstance(seen.written[block].memory, Softmax | Latent):
-        return seen.weights(block).mean(0)
-    own = lambda t: jax.tree.map(lambda x: x[t], seen.reads[block])
-    parts = jax.lax.map(lambda t: contributions(seen, block, t, own(t)), seen.positions)
+    every = [_shares_of(seen, x) for x in seen.instructions if x.block == block]
+    return sum(every) / len(every)
+
+
+def _shares_of(seen, reading):
+    block, read = reading.block, reading.read
+    if isinstance(reading.memory, Softmax | Latent):
+        return seen.weights(block, read=read).mean(0)
+    own = lambda t: jax.tree.map(lambda x: x[t], reading.z)
+    of = lambda t: contributions(seen, block, t, own(t), read=read)
+    parts = jax.lax.map(of, seen.positions)
     return jnp.abs(parts) / jnp.maximum(jnp.abs(parts).sum(-1, keepdims=True), 1e-30)
 
 

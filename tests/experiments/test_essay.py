@@ -11,7 +11,7 @@ import numpy as np
 from experiments.suites import essay
 from experiments.suites.claims import REFUTED, SUPPORTED, UNDECIDED
 from experiments.suites.essay import Measure, _probe, feedback_beside_plain
-from transformer import Model, init_params, presets, save
+from transformer import Model, init_cache, init_params, presets, program, save, trace
 from transformer.config import Delta
 from transformer.data.tokenizer import byte_tokenizer
 
@@ -56,6 +56,17 @@ def test_intervals_are_over_documents(rng):
     measure = Measure("", "", values)
     assert measure.mean.shape == (2,)
     np.testing.assert_allclose(measure.interval, 1.96 / 20, rtol=0.2)  # 400 draws of deviation 1
+
+
+def test_a_block_that_is_read_again_is_read_by_the_mean_of_its_reads():
+    config = presets["tiny"].replace(
+        width=16, num_heads=2, num_kv_heads=1, num_layers=3, num_shared_kv_layers=1
+    )
+    given = init_params(config, jax.random.key(0)), init_cache(config, 8), np.arange(8)
+    seen = jax.jit(trace, static_argnums=0)(program(config), *given)
+    mean = sum(seen.weights(1, read=read).mean(0) for read in (0, 1)) / 2
+    np.testing.assert_allclose(essay._shares(seen, 1), mean, atol=1e-6)  # float32 shares of 1
+    np.testing.assert_allclose(essay._shares(seen, 0), seen.weights(0).mean(0), atol=1e-6)
 
 
 def test_layers_that_are_scanned_all_count(monkeypatch):

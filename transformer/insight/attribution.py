@@ -25,23 +25,30 @@ def gradients(f: Callable, params, cache: Cache, tokens, objective: Callable, *,
       of: "cell", "query" or "read".
 
     Returns:
-      Of each block a pytree like `trace.cells[b]`, with a leading axis T.
+      Of each block a pytree like `trace.cells[b]`, with a leading axis T. Of queries and reads one
+      for each of `trace.instructions`: a block that is read again has several.
 
     Raises:
       ValueError: `of` is something else.
     """
-    still = jax.tree.map(jnp.zeros_like, _values(trace(f, params, cache, tokens), of))
+    seen = trace(f, params, cache, tokens)
+    still = jax.tree.map(jnp.zeros_like, _values(seen, of))
+    places = [
+        (x.block, None if of == "cell" else x.read)
+        for x in (seen.written if of == "cell" else seen.instructions)
+    ]
 
     def number(moved):
         plus = lambda x, more: jax.tree.map(jnp.add, x, more)
         pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
         edits = [
-            Change(block, of, None, lambda x, i, more=more: plus(x, pick(more, i)))
-            for block, more in enumerate(moved)
+            Change(block, of, None, lambda x, i, more=more: plus(x, pick(more, i)), read)
+            for (block, read), more in zip(places, moved, strict=True)
+            if jax.tree.leaves(more)  # else there is nothing, such as a query of a convolution
         ]
         return objective(run(intervene(f, edits), params, cache, tokens)[1])
 
-    return jax.jit(jax.grad(number))(still)
+    return jax.jit(jax.grad(number, allow_int=True))(still)
 
 
 def attribution(f: Callable, params, cache: Cache, tokens, objective: Callable, *, of="cell"):
@@ -51,14 +58,15 @@ def attribution(f: Callable, params, cache: Cache, tokens, objective: Callable, 
       f, params, cache, tokens, objective, of: as in `gradients`.
 
     Returns:
-      [blocks, T].
+      [blocks, T]; of queries and reads [instructions, T], as in `gradients`.
     """
     values = _values(trace(f, params, cache, tokens), of)
     slopes = gradients(f, params, cache, tokens, objective, of=of)
-    return jnp.stack([_dot(*pair) for pair in zip(slopes, values, strict=True)])
+    length = len(tokens)
+    return jnp.stack([_dot(*pair, length) for pair in zip(slopes, values, strict=True)])
 
 
-def contributions(seen: Trace, block: int, position: int, toward):
+def contributions(seen: Trace, block: int, position: int, toward, *, read: int = 0):
     """How much of what a token read came from each cell, measured along a direction.
 
     In attention, with the softmax frozen: the weight of a cell times its value. In any other
@@ -71,22 +79,24 @@ def contributions(seen: Trace, block: int, position: int, toward):
       position: which token of the trace read, as an index into T.
       toward: a pytree like `seen.reads[block]` of one token, such as the gradient of a number by
         it (`gradients(..., of="read")`).
+      read: which read of the block, as in `Trace.weights`.
 
     Returns:
       [S], of the cells from position 0 to the last token's. Of cells that were in the cache before
       the trace, those of attention are known; the others are 0.
 
     Raises:
-      ValueError: there is no such block or token.
+      ValueError: there is no such block, token or read.
     """
-    reading, position = seen.reading(block), token_index(position, len(seen.tokens))
+    reading, position = seen.reading(block, read), token_index(position, len(seen.tokens))
     if isinstance(reading.memory, Softmax | Latent):
         near, of, weights = attention(reading, seen.positions, jnp.asarray([position]))
         along = jnp.einsum("snh,nh->sn", of.v, toward, precision="highest")
         return by_position(near, jnp.einsum("ns,sn->s", weights[0], along), seen.length)
     z = lambda cells: jax.tree.map(lambda x: x[position], again(reading, seen.positions, cells))
     [slope] = jax.vjp(z, reading.cells)[1](toward)
-    return jnp.concatenate([jnp.zeros(seen.start), _dot(slope, reading.cells)])
+    own = _dot(slope, reading.cells, len(seen.tokens))
+    return jnp.concatenate([jnp.zeros(seen.start), own])
 
 
 def again(reading: Reading, positions, cells):
@@ -97,13 +107,19 @@ def again(reading: Reading, positions, cells):
 
 
 def _values(seen, of):
-    values = {"cell": seen.cells, "query": seen.queries, "read": seen.reads}
+    values = {
+        "cell": seen.cells,
+        "query": tuple(x.queries for x in seen.instructions),
+        "read": tuple(x.z for x in seen.instructions),
+    }
     if of not in values:
         raise ValueError(f"of={of!r}; choose one of {', '.join(values)}.")
     return values[of]
 
 
-def _dot(a, b):
-    """The product of two pytrees [T, ...], summed within each token: [T]."""
-    product = lambda x, y: jnp.sum(x * y, axis=tuple(range(1, x.ndim)))
-    return sum(jax.tree.leaves(jax.tree.map(product, a, b)))
+def _dot(slopes, values, length):
+    """The product of two pytrees [T, ...], summed within each token: [T]; whole numbers add 0."""
+    pairs = zip(*map(jax.tree.leaves, (slopes, values)), strict=True)
+    real = [(slope, x) for slope, x in pairs if jnp.issubdtype(x.dtype, jnp.inexact)]
+    parts = [jnp.sum(slope * x, axis=tuple(range(1, x.ndim))) for slope, x in real]
+    return sum(parts, jnp.zeros(length))

@@ -29,17 +29,25 @@ class Change:
       of: "cell", "query" or "read".
       at: [M] int32, the positions of the tokens; None: all.
       function: function(x, i) -> x, for the token at position i.
+      read: which read of the block, of a query or a read; None: every one.
     """
 
     block: int
     of: str
     at: np.ndarray | jax.Array | None
     function: Callable
+    read: int | None = None
 
     def __post_init__(self):
         whole_number("block", self.block)
+        _check_read(self.read)
         if self.of not in OF:
             raise ValueError(f"of={self.of!r}; an edit is of one of {', '.join(OF)}.")
+        if self.of == "cell" and self.read is not None:
+            raise ValueError(
+                f"read={self.read}, and the edit is of a cell, which is the same in every read; "
+                "say of='query' or of='read', or leave it out."
+            )
 
     @property
     def begins(self) -> int:
@@ -53,6 +61,11 @@ class Change:
 
     def __call__(self, x, i, here):
         """x of the token at position i, changed where `here` and where the edit is about it."""
+        if not jax.tree.leaves(x):
+            raise ValueError(
+                f"an edit is of a {self.of} of block {self.block}, which has none: there is "
+                "nothing that it could change."
+            )
         new = self.function(x, i)
         _require_alike(self, new, x)
         new = jax.tree.map(lambda new, x: jnp.asarray(new).astype(x.dtype), new, x)
@@ -68,12 +81,14 @@ class Cut:
       queries: [M] int32, the positions of the tokens that ask; None: all.
       cells: [M] int32, the positions of the cells that they do not see; None: all.
       heads: the query heads that do not see them; None: all.
+      read: which read of the block; None: every one.
     """
 
     block: int
     queries: np.ndarray | jax.Array | None
     cells: np.ndarray | jax.Array | None
     heads: tuple[int, ...] | None = None
+    read: int | None = None
 
     @property
     def begins(self) -> int:
@@ -91,6 +106,8 @@ def cut(
     queries: int | Sequence[int] | None,
     cells: int | Sequence[int] | None,
     heads: int | Sequence[int] | None = None,
+    *,
+    read: int | None = None,
 ) -> Cut:
     """Makes cells invisible to queries: attention knockout.
 
@@ -103,12 +120,14 @@ def cut(
       queries: positions of the tokens that ask; None: all.
       cells: positions of the cells that they do not see; None: all.
       heads: query heads of attention that do not see them; None: all.
+      read: as in `edit`.
     """
     block = whole_number("block", block)
+    _check_read(read)
     if heads is not None:
         heads = [heads] if np.ndim(heads) == 0 else heads
         heads = tuple(whole_number("heads", head) for head in heads)
-    return Cut(block, positions("queries", queries), positions("cells", cells), heads)
+    return Cut(block, positions("queries", queries), positions("cells", cells), heads, read)
 
 
 def patch(block: int, cells: int | Sequence[int], values: Any) -> Change:
@@ -139,7 +158,7 @@ def patch(block: int, cells: int | Sequence[int], values: Any) -> Change:
     )
 
 
-def replace(block: int, at, value, *, of: str = "cell") -> Change:
+def replace(block: int, at, value, *, of: str = "cell", read: int | None = None) -> Change:
     """Puts a value in the place of a cell, a query or a read.
 
     Args:
@@ -147,24 +166,26 @@ def replace(block: int, at, value, *, of: str = "cell") -> Change:
       at: positions of the tokens; None: all.
       value: a pytree like one cell (or query, or read) of the block; a single number stands for
         all of its numbers, so that 0 erases.
-      of: "cell", "query" or "read".
+      of, read: as in `edit`.
     """
-    return edit(block, at, lambda x: _spread(block, of, value, x), of=of)
+    return edit(block, at, lambda x: _spread(block, of, value, x), of=of, read=read)
 
 
-def scale(block: int, at, factor, *, of: str = "cell") -> Change:
+def scale(block: int, at, factor, *, of: str = "cell", read: int | None = None) -> Change:
     """Multiplies a cell, a query or a read by a number, or by a pytree like it; see `replace`."""
     times = lambda x: jax.tree.map(jnp.multiply, x, _spread(block, of, factor, x))
-    return edit(block, at, times, of=of)
+    return edit(block, at, times, of=of, read=read)
 
 
-def add(block: int, at, value, *, of: str = "cell") -> Change:
+def add(block: int, at, value, *, of: str = "cell", read: int | None = None) -> Change:
     """Adds a number, or a pytree like it, to a cell, a query or a read: steering; see `replace`."""
     plus = lambda x: jax.tree.map(jnp.add, x, _spread(block, of, value, x))
-    return edit(block, at, plus, of=of)
+    return edit(block, at, plus, of=of, read=read)
 
 
-def edit(block: int, at, function: Callable, *, of: str = "cell") -> Change:
+def edit(
+    block: int, at, function: Callable, *, of: str = "cell", read: int | None = None
+) -> Change:
     """Changes a cell, a query or a read by a function of one's own.
 
     Args:
@@ -172,10 +193,17 @@ def edit(block: int, at, function: Callable, *, of: str = "cell") -> Change:
       at: positions of the tokens; None: all.
       function: function(x) -> x, of one token: a pytree in, the same structure and shapes out.
       of: "cell", "query" or "read".
+      read: which read of the block, where it is read several times: 0 comes with writing it, and
+        then come those that read it again; None: every one.
     """
     if not callable(function):
         raise TypeError(f"function={function!r}; an edit is a function(x) -> x, or see `replace`.")
-    return Change(block, of, positions("at", at), lambda x, i: function(x))
+    return Change(block, of, positions("at", at), lambda x, i: function(x), read)
+
+
+def _check_read(read):
+    if read is not None:
+        whole_number("read", read)
 
 
 def _spread(block, of, value, x):

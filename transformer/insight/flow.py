@@ -68,16 +68,22 @@ def flow(f: Callable, params: Params, cache: Cache, tokens) -> Flow:
 
 
 def edges(f: Callable, params, cache: Cache, tokens, objective: Callable):
-    """What a number owes to each read of each cell: [blocks, T, T], by block, reader and cell."""
+    """What a number owes to each read of each cell: [blocks, T, T], by block, reader and cell.
+
+    Where a block is read again, the sum over its reads.
+    """
     seen = trace(f, params, cache, tokens)
     slopes = gradients(f, params, cache, tokens, objective, of="read")
     readers = jnp.arange(len(seen.tokens))
 
-    def of_block(block):
-        slope = lambda t: jax.tree.map(lambda x: x[t], slopes[block])
-        return jax.vmap(lambda t: contributions(seen, block, t, slope(t)))(readers)
+    def of_read(x, slopes):
+        slope = lambda t: jax.tree.map(lambda slope: slope[t], slopes)
+        return jax.vmap(lambda t: contributions(seen, x.block, t, slope(t), read=x.read))(readers)
 
-    return jnp.stack([of_block(block) for block in range(len(seen.cells))])
+    found = [0] * len(seen.cells)
+    for x, slope in zip(seen.instructions, slopes, strict=True):
+        found[x.block] += of_read(x, slope)
+    return jnp.stack(found)
 
 
 def predictions(logits):

@@ -24,17 +24,22 @@ class Instruction(NamedTuple):
     Attributes:
       block: the number of the block among those of the cache; where blocks are stacked, it is
         meant in the repeat `operands.layer`.
-      again: whether it reads a block that the token has written already.
+      read: which read of its block it is: 0 comes with writing it, from 1 the block is read again.
       memory: what writing and reading mean.
       operands: those of one token, as `Turn.write_read` hands them on.
       packed: as in `transformer.memory.instruction`.
     """
 
     block: int
-    again: bool
+    read: int
     memory: Memory
     operands: Operands
     packed: int | None
+
+    @property
+    def again(self) -> bool:
+        """Whether it reads a block that the token has written already."""
+        return self.read > 0
 
     def run(self) -> tuple[Any, Any]:
         """Runs it: -> (arrays, z); the arrays are None where nothing is written."""
@@ -48,8 +53,9 @@ def interpret(f: Callable, take: Callable) -> Callable:
 
     Args:
       f: a program, (params, cache, token, i) -> (cache, logits).
-      take: `take(instruction) -> (arrays, z, record)`: what `Instruction.run` returns, and a pytree
-        to keep.
+      take: `take(instruction) -> (cell, arrays, z, record)`: the cell that was written, what
+        `Instruction.run` returned, and a pytree to keep. Where a block is read again, the cell of
+        the instruction is the one that was written.
 
     Returns:
       g(params, cache, token, i) -> ((cache, logits), records): a record for each instruction, in
@@ -71,15 +77,16 @@ class _Walk:
     """One pass over a jaxpr, or over one within it.
 
     Attributes:
-      written: how many blocks have been written.
+      reads: how often each block has been read; a block is written when it is first read.
       block_of: the number of the block that an array, by its id, holds after it was written. The
         arrays are kept alive by who runs the jaxpr.
+      cells: of each block the cell that was written, for those who read it again.
       records: what `take` wants kept.
     """
 
-    def __init__(self, take, written=0):
-        self.take, self.written = take, written
-        self.block_of, self.records = {}, []
+    def __init__(self, take, reads=()):
+        self.take, self.reads = take, list(reads)
+        self.block_of, self.cells, self.records = {}, {}, []
 
     def run(self, closed: core.ClosedJaxpr, operands: list) -> list:
         """Runs a jaxpr on the values of its operands."""
@@ -105,18 +112,19 @@ class _Walk:
 
     def within(self, closed, transform: Callable, operands: list) -> list:
         """Runs a jaxpr inside of a transformation, and keeps what it records."""
-        inner = _Walk(self.take, self.written)
+        inner = _Walk(self.take, self.reads)
+        inner.cells = dict(self.cells)
         blocks = [self.block_of.get(id(x)) for x in operands]
 
         def function(*operands):
             inner._hold(blocks, operands)
             results = inner.run(closed, list(operands))
             blocks[:] = [inner.block_of.get(id(x)) for x in results]
-            return results, inner.records
+            return results, inner.records, inner.cells
 
-        results, records = transform(function)(*operands)
+        results, records, self.cells = transform(function)(*operands)
         self._hold(blocks, results)
-        self.written, self.records = inner.written, [*self.records, *records]
+        self.reads, self.records = inner.reads, [*self.records, *records]
         return results
 
     def _hold(self, blocks, arrays):
@@ -175,19 +183,21 @@ def _instruction(walk, eqn, values):
     given = jax.tree.unflatten(params["tree"], values)
     one = lambda tree: jax.tree.map(lambda x: x[0, 0], tree)
     given = given._replace(i=one(given.i), cell=one(given.cell), query=one(given.query))
-    again, block = eqn.primitive is read_p, walk.written
-    if again:
+    if eqn.primitive is read_p:
         block = walk.block_of[id(jax.tree.leaves(given.arrays[1])[0])]
-    arrays, z, record = walk.take(
-        Instruction(block, again, params["memory"], given, params["packed"])
-    )
+        given = given._replace(cell=walk.cells[block])
+    else:
+        block = len(walk.reads)
+        walk.reads.append(0)
+    own = Instruction(block, walk.reads[block], params["memory"], given, params["packed"])
+    walk.reads[block] += 1
+    walk.cells[block], arrays, z, record = walk.take(own)
     walk.records.append(record)
     z = [x[None, None] for x in jax.tree.leaves(z)]
-    if again:
+    if own.again:
         return z
     arrays = jax.tree.leaves(arrays)
     walk._hold([block] * len(arrays), arrays)
-    walk.written += 1
     return [*arrays, *z]
 
 

@@ -71,15 +71,15 @@ def intervene(f: Callable, edits: Sequence[Change | Cut]) -> Intervened:
       f: a program, (params, cache, token, i) -> (cache, logits), lawful.
       edits: what `transformer.insight` makes: `cut`, `patch`, `replace`, `scale`, `add`, `edit`.
         Several edits of the same thing apply in order. Where a block is read again, as by layers
-        that share keys and values, its edits apply to every read.
+        that share keys and values, its edits apply to every read, or to the one that they name.
 
     Returns:
       A program with the same signature.
 
     Raises:
       TypeError: f is no function, or something is not an edit.
-      ValueError: when it runs: a block or a position does not exist, an edit does not fit what it
-        is about, or the block's memory cannot be cut so.
+      ValueError: when it runs: a block, a read of it or a position does not exist, an edit does not
+        fit what it is about, or the block's memory cannot be cut so.
     """
     if not callable(f) or isinstance(edits, Change | Cut):
         raise TypeError("intervene takes a program, and then a list of edits: [cut(...), ...].")
@@ -118,17 +118,31 @@ def with_edits(f: Callable, edits: Sequence[Change | Cut], record: Callable) -> 
                     f"those from 0 to {cache.capacity - 1}."
                 )
 
+        reads = [0] * count
+
         def take(instruction):
-            own = [edit for edit in edits if edit.block % count == instruction.block]
+            reads[instruction.block] = instruction.read + 1
+            own = [
+                edit
+                for edit in edits
+                if edit.block % count == instruction.block and edit.read in (None, instruction.read)
+            ]
             layer = instruction.operands.layer
             here = [layer is None or layer == edit.block // count for edit in own]
             instruction, z_edits = _edited(instruction, list(zip(own, here, strict=True)))
             arrays, z = instruction.run()
             for edit, here in z_edits:
                 z = edit(z, instruction.operands.i, here)
-            return arrays, z, record(instruction, z)
+            return instruction.operands.cell, arrays, z, record(instruction, z)
 
-        return interpret(f, take)(params, cache, token, i)
+        results = interpret(f, take)(params, cache, token, i)
+        for edit in edits:
+            if edit.read is not None and edit.read >= reads[edit.block % count]:
+                raise ValueError(
+                    f"an edit is of read={edit.read} of block {edit.block}, which is read "
+                    f"{reads[edit.block % count]} times; they count from 0."
+                )
+        return results
 
     return g
 
@@ -142,12 +156,14 @@ def _edited(instruction: Instruction, edits):
     cell, query, i = operands.cell, operands.query, operands.i
     cuts, of_reads = [], []
     for edit, here in edits:
-        if isinstance(edit, Cut) and isinstance(memory, STATES) and edit.queries is None:
+        everyone = isinstance(edit, Cut) and edit.queries is None and edit.read is None
+        if everyone and isinstance(memory, STATES):
             edit = Change(edit.block, "cell", edit.cells, lambda x, i: never_written(memory, x))
         if isinstance(edit, Cut):
             cuts.append((edit, here))
         elif edit.of == "cell":
-            cell = edit(cell, i, here)
+            # Where the block is read again, its cell is the one that was written, edited already.
+            cell = cell if instruction.again else edit(cell, i, here)
         elif edit.of == "query":
             query = edit(query, i, here)
         else:

@@ -67,10 +67,9 @@ STREAM = {
 
 def _attention(seen, reading, rotary):
     """The hooks of a layer of attention; one that reads a block again has no keys of its own."""
-    b, nth = reading.block, 0
+    b, nth = reading.block, reading.read
     if reading.again:
         at = next(n for n, x in enumerate(seen.instructions) if x is reading)
-        nth = sum(x.block == b for x in seen.instructions[:at])
         queries, reads, pattern = (
             f"seen.instructions[{at}].queries",
             f"seen.instructions[{at}].z",

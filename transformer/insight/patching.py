@@ -46,7 +46,17 @@ def activation_patching(f: Callable, params, cache: Cache, clean, corrupt, metri
     return jax.lax.map(one, every).reshape(blocks, length)
 
 
-def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Callable, block: int):
+def path_patching(
+    f: Callable,
+    params,
+    cache: Cache,
+    clean,
+    corrupt,
+    metric: Callable,
+    block: int,
+    *,
+    read: int = 0,
+):
     """Runs a prompt once for each edge of a block: one token reads one cell of another prompt.
 
     All other tokens read that cell as it is, so that only the path through this read differs.
@@ -54,16 +64,17 @@ def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Cal
     Args:
       f, params, cache, clean, corrupt, metric: as in `activation_patching`.
       block: the number of the block.
+      read: which read of the block, as in `Trace.weights`.
 
     Returns:
       [T, T], the number for each token that reads, and each cell; no cell lies after the token.
 
     Raises:
-      ValueError: the prompts differ in length, or there is no such block.
+      ValueError: the prompts differ in length, or there is no such block or read.
     """
     _require_alike(clean, corrupt)
     source, base = (trace(f, params, cache, tokens) for tokens in (clean, corrupt))
-    reading, length = base.reading(block), len(base.tokens)
+    reading, length = base.reading(block, read), len(base.tokens)
     plain = metric(base.logits)
 
     def one(edge):
@@ -71,7 +82,7 @@ def path_patching(f: Callable, params, cache: Cache, clean, corrupt, metric: Cal
         put = lambda x, new: x.at[s].set(new[s])
         cells = jax.tree.map(put, reading.cells, source.reading(block).cells)
         z = jax.tree.map(lambda x: x[t], again(reading, base.positions, cells))
-        g = intervene(f, [replace(block, t[None], z, of="read")])
+        g = intervene(f, [replace(block, t[None], z, of="read", read=read)])
         return metric(run(g, params, cache, corrupt)[1])
 
     edges = jnp.stack(jnp.tril_indices(length), 1)

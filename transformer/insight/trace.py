@@ -39,7 +39,7 @@ class Reading:
       hidden: of each of the C cuts the positions of its cells, None for all.
       block: the number of the block.
       memory: what writing and reading mean.
-      again: whether the block was read again, after another instruction had written it.
+      read: which read of the block it is: 0 came with writing it, from 1 it was read again.
     """
 
     cells: Any
@@ -51,7 +51,12 @@ class Reading:
     hidden: tuple
     block: int = struct.field(pytree_node=False)
     memory: Memory = struct.field(pytree_node=False)
-    again: bool = struct.field(pytree_node=False)
+    read: int = struct.field(pytree_node=False)
+
+    @property
+    def again(self) -> bool:
+        """Whether the block was read again, after another instruction had written it."""
+        return self.read > 0
 
 
 @struct.dataclass
@@ -91,12 +96,12 @@ class Trace:
 
     @property
     def queries(self) -> tuple:
-        """Of each block what the tokens read it with: pytrees with a leading axis T."""
+        """Of each block what tokens read it with when they wrote it: pytrees with an axis T."""
         return tuple(x.queries for x in self.written)
 
     @property
     def reads(self) -> tuple:
-        """Of each block what the tokens read: pytrees with a leading axis T."""
+        """Of each block what the tokens read, when they wrote it: pytrees with a leading axis T."""
         return tuple(x.z for x in self.written)
 
     def weights(self, block: int, queries=None, *, read: int = 0):
@@ -196,7 +201,7 @@ def _record(instruction, z) -> Reading:
         hidden=operands.shared.cells if cut else (),
         block=instruction.block,
         memory=memory,
-        again=instruction.again,
+        read=instruction.read,
     )
 
 

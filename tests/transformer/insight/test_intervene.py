@@ -18,6 +18,7 @@ from transformer.memory.fold import Fold
 from transformer.memory.softmax import Softmax
 from transformer.modes.contract import check_contract
 from transformer.modes.schedule import parallel, run
+from transformer.program.init import init_cache
 from transformer.training.step import TrainState, make_train_step
 
 MORE = "attention", "latent", "shared", "gpt2"
@@ -316,6 +317,12 @@ def test_generate_and_training_take_it(model, rng):
     assert texts[0].tokens == texts[1].tokens
     texts = generate(judge, [[1, 2, 65], [3, 65]], **options | {"program": None})
     assert texts[0].tokens != texts[1].tokens
+    # Edits of the prompt and of what is drawn, which is what one run of all finds likeliest.
+    g = intervene(f, [cut(0, None, 1), scale(0, [2, 4], 0.0), add(0, 5, 1.0, of="read")])
+    [drawn] = generate(judge, [[1, 2, 65]], **options | {"program": g})
+    tokens = np.array([1, 2, 65, *drawn.tokens])
+    logits = jax.jit(lambda: run(g, params, init_cache(f.config, 16), tokens)[1])()
+    assert drawn.tokens == logits[2:-1].argmax(-1).tolist()
 
     tokens = rng.integers(0, 257, (2, 6), dtype=np.int32)
     batch = Batch(tokens, tokens, positions=None, weights=np.ones((2, 6), np.float32))
