@@ -8,7 +8,7 @@ What follows -- goes to each run of `experiments.train`, which has a folder of i
 directory. They run one after another, or as many at once as --jobs says; the same command goes on
 where it was. As an array of Slurm (sbatch --array=0-5) each task trains one combination, and the
 same command outside of Slurm then makes the table, which is in results.json too, best first.
---plot=FILE.png draws the loss by the first field, with a line for each value of the others.
+--plot=FILE.svg draws the loss by the first field, with a line for each value of the others.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--over", required=True, action="append", help="FIELD=VALUE VALUE ...")
     parser.add_argument("--jobs", default=1, type=int, help="How many runs at once.")
-    parser.add_argument("--plot", type=Path, help="Draws the results into this PNG.")
+    parser.add_argument("--plot", type=Path, help="Draws the results into this SVG or PNG.")
     parser.add_argument("train", nargs="*", help="Flags of experiments.train, after --.")
     given = parser.parse_args()
     with cli.user_errors(ValueError):

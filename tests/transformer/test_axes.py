@@ -67,7 +67,7 @@ PROGRAM = """
     from transformer.devices.collectives import collectives
     from transformer.devices.layout import shard_params
     from transformer.devices.mesh import make_mesh
-    from transformer.inference import prefill, rows
+    from transformer.inference import prefill, rows, speculation
     from transformer.program.init import init_params
 
     config = Config(
@@ -88,7 +88,7 @@ PROGRAM = """
             result = function(*operands)
             moved = collectives(function.lower(*operands_of(operands)).compile().as_text())
             gathered[name] = moved["all-gather"].largest if "all-gather" in moved else 0
-            if name == "decode":
+            if name in ("decode", "verify"):
                 cache = jax.tree.leaves(result[0].cache)
                 part = sum(x.addressable_shards[0].data.nbytes for x in cache)
                 shares.append(part / sum(x.nbytes for x in cache))
@@ -112,11 +112,17 @@ PROGRAM = """
     one = results(Model(config, params, None))
     watch(prefill, "run_chunks")
     watch(rows, "decode")
+    watch(speculation, "verify")
     many = {}
-    for sizes in sys.argv[2:]:
+    drafts = json.loads(sys.argv[2])
+    for sizes in sys.argv[3:]:
         gathered.clear(), shares.clear()
         with jax.set_mesh(mesh := make_mesh(sizes)):
-            many[sizes] = results(Model(config, shard_params(mesh, params), None))
+            many[sizes] = results(model := Model(config, shard_params(mesh, params), None))
+            if drafts:
+                draft = speculation.Smaller(model, tokens=2)
+                drafted = generate(model, prompts, max_new_tokens=6, seed=3, draft=draft)
+                many[sizes]["drafted"] = [x.tokens for x in drafted]
         many[sizes] |= {"gathered": dict(gathered), "share": max(shares)}
     print(json.dumps([one, many]))
 """
@@ -126,11 +132,12 @@ PROGRAM = """
 def generated(request, seed):
     """What one device makes of prompts, and what several do on each of the meshes."""
     meshes = ["data=2,tensor=2"]
-    if request.config.getoption("--thorough"):
+    thorough = request.config.getoption("--thorough")
+    if thorough:
         meshes += ["data=4", "tensor=2", "data=2,fsdp=2,tensor=2"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(seed), *meshes],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(seed), json.dumps(thorough), *meshes],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -153,3 +160,9 @@ def test_sequences_lie_on_the_devices_that_run_them(generated):
     assert mesh["share"] <= 1 / 2
     # One head of one sequence has 512 cells of 4 numbers in the cache.
     assert max(mesh["gathered"].values()) < 512 * 4
+
+
+@pytest.mark.thorough
+def test_drafts_change_nothing_on_a_mesh(generated):
+    one, many = generated
+    assert all(mesh["drafted"] == one["tokens"] for mesh in many.values())

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.axes import constrain, over_sequences
 from transformer.checks import whole_number
 from transformer.config import Config
 from transformer.inference.decode import State
@@ -96,7 +97,7 @@ class SpeculativeRows(Rows):
 
     def decode(self, running: np.ndarray, steps: int, least: int) -> Iterator[tuple[int, Drawn]]:
         """Runs one step: as many tokens of a row as its drafts were right, and one more."""
-        before = np.array(self.state.token), np.array(self.state.i)  # the state is given away
+        before = jnp.copy(self.state.token), jnp.copy(self.state.i)  # the state is given away
         drafts = self._drafter.propose(running)
         self.state, counts, drawn = verify(
             self.f,
@@ -142,7 +143,7 @@ def verify(f, params, state: State, drafts, running, sampling, adjust, wanted, r
       state; how many tokens count of each row, [B]; and arrays [B, D + 1, ...] as in `decode`.
     """
 
-    def row(state, drafts, running):
+    def row(params, sampling, adjust, state, drafts, running):
         tokens, guessed = jnp.concatenate([state.token[None], drafts]), (drafts >= 0).sum()
         n = jnp.arange(len(tokens), dtype=jnp.int32)
         run = lambda count: parallel(
@@ -175,7 +176,22 @@ def verify(f, params, state: State, drafts, running, sampling, adjust, wanted, r
             written = jax.tree.map(lambda x: x[right], written).push(token, i)
         return State(cache, token, i, state.key, written), right + 1, drawn
 
-    return jax.vmap(row)(state, drafts, running)
+    shared, own = (params, sampling, adjust), (state, drafts, running)
+    state, counts, drawn = _each_row(row, shared, own)
+    # Whole, for every process reads them.
+    return state, constrain(counts), jax.tree.map(constrain, drawn)
+
+
+def _each_row(function, shared, own):
+    """Runs a function of one row for all of them, on the devices that they lie on.
+
+    Args:
+      function: takes what is in `shared`, then one row of what is in `own`.
+      own: trees of arrays [B, ...].
+    """
+    axes = (None,) * len(shared) + (0,) * len(own)
+    rows = jax.vmap(function, in_axes=axes)
+    return over_sequences(rows, len(own[-1]), num_shared=len(shared))(*shared, *own)
 
 
 def look_up(tokens: Sequence[int], count: int, longest: int) -> list[int]:
@@ -259,7 +275,7 @@ class _Smaller:
 def _propose(f, params, cache, state: State, running, sampling, count):
     """The cache of each row after `count` drafts, and these, [B, count]."""
 
-    def row(cache, token, i, key, running):
+    def row(params, sampling, cache, token, i, key, running):
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
 
         def step(carry, _):
@@ -272,16 +288,18 @@ def _propose(f, params, cache, state: State, running, sampling, count):
         (cache, *_), drafts = jax.lax.scan(step, (cache, token, i), length=count + 1)
         return cache, drafts[:-1]
 
-    return jax.vmap(row)(cache, state.token, state.i, state.key, running)
+    own = cache, state.token, state.i, state.key, running
+    cache, drafts = _each_row(row, (params, sampling), own)
+    return cache, constrain(drafts)
 
 
 @partial(jax.jit, static_argnames="f", donate_argnames="cache")
 def _run_again(f, params, cache, token, i, drafts, running, counts):
     """The cache of each row after the tokens that count."""
 
-    def row(cache, token, i, drafts, running, count):
+    def row(params, cache, token, i, drafts, running, count):
         n = jnp.arange(len(drafts) + 1, dtype=jnp.int32)
         positions = jnp.where(running & (n < count), i + n, -1)
         return parallel(f, params, cache, jnp.concatenate([token[None], drafts]), positions)[0]
 
-    return jax.vmap(row)(cache, token, i, drafts, running, counts)
+    return _each_row(row, (params,), (cache, token, i, drafts, running, counts))

@@ -41,7 +41,7 @@ PROGRAM = """
         layer_kinds=("latent", "delta"),
         latent=Latent(rank=8, rotary_size=4),
         delta=Delta(num_key_heads=2, num_value_heads=4, key_size=4, value_size=4),
-        tie_embeddings=False,
+        tie_embeddings=False, feed_forward_width=24,
     )
 
     def make_batches(config):
@@ -121,13 +121,21 @@ MESHES = {
     "attention": ["data=8", "fsdp=8", "tensor=2", "context=2", "data=2,fsdp=2,tensor=2"],
     "kinds": ["fsdp=2,context=2,tensor=2"],
 }
+ALL_AXES = "data=2,fsdp=2,context=2,tensor=2"
+THOROUGH = {
+    "attention": [ALL_AXES],
+    "kinds": ["data=8", "fsdp=8", "tensor=2", "context=2", ALL_AXES],
+}
 
 
 @pytest.fixture(scope="module")
-def results():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+def results(request):
+    thorough = request.config.getoption("--thorough")
+    meshes = {name: MESHES[name] + THOROUGH[name] * thorough for name in MESHES}
+    devices = 16 if thorough else 8
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(MESHES)],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(meshes)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -136,9 +144,12 @@ def results():
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(
-    ("model", "mesh"), [(model, mesh) for model, meshes in MESHES.items() for mesh in meshes]
-)
+def runs(meshes, *marks):
+    """The names of models and meshes, as tests take them."""
+    return [pytest.param(n, mesh, marks=marks) for n in meshes for mesh in meshes[n]]
+
+
+@pytest.mark.parametrize(("model", "mesh"), [*runs(MESHES), *runs(THOROUGH, pytest.mark.thorough)])
 def test_a_mesh_trains_like_one_device(results, model, mesh):
     result = results[model][mesh]
     # float32 sums in another order, and five updates that divide by small moments.
@@ -157,11 +168,22 @@ def test_parameters_are_split_over_fsdp_and_the_optimizer_over_data_too(results)
     assert shares["data=2,fsdp=2,tensor=2"][1] < 0.25
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
-def test_rows_of_activations_never_move(results, mesh):
-    result = results["attention"][mesh]
+ROWS_ALONE = ["data=8", "fsdp=8"]
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        *runs({"attention": ROWS_ALONE}),
+        *runs({"kinds": ROWS_ALONE}, pytest.mark.thorough),
+    ],
+)
+def test_rows_of_activations_never_move(results, model, mesh):
+    result = results[model][mesh]
     assert result["moved"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
-    assert max(result["moved"].values()) <= result["layer"] < result["activation"]
+    # What moves are matrices: no whole layer, and nothing of the size of an activation.
+    assert max(result["moved"].values()) <= result["layer"]
+    assert max(result["moved"].values()) < result["activation"]
 
 
 def test_the_tensor_axis_adds_up_activations_and_gathers_none(results):
