@@ -82,6 +82,9 @@ PROGRAM = """
         with jax.set_mesh(mesh):
             step = step.lower(state, batches[0]).compile()
         state, metrics = train(step, state, batches)
+        kept = jax.tree.map(np.array, state.params)
+        state, last = step(state, batches[0]._replace(weights=batches[0].weights * np.nan))
+        kept = jax.tree.map(lambda x, y: bool((x == np.asarray(y)).all()), kept, state.params)
         share = lambda tree: (
             sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
             / sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -97,6 +100,7 @@ PROGRAM = """
             "metrics": [one[1], metrics],
             "difference": difference,
             "shares": [share(state.params), share(state.optimizer_state), share(state.ema)],
+            "guarded": not last["finite"] and all(jax.tree.leaves(kept)),
             "moved": moved,
             "layer": layer,
             "activation": batches[0].tokens.size // rows // options["accumulate"] * config.width,
@@ -155,6 +159,7 @@ def test_a_mesh_trains_like_one_device(results, model, mesh):
     # float32 sums in another order, and five updates that divide by small moments.
     np.testing.assert_allclose(*result["metrics"], rtol=2e-5)
     assert result["difference"] < 0.01 * 5 * 1e-2
+    assert result["guarded"]  # a step that is not finite changes nothing
 
 
 def test_parameters_are_split_over_fsdp_and_the_optimizer_over_data_too(results):
