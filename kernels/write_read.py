@@ -34,6 +34,7 @@ def chunk(
     packed: bool,
     backend: str,
     keys_values: Callable = tuple,
+    split: Callable = lambda read, size: read,
 ):
     """Writes T new cells of each sequence into its block, then reads for each of them.
 
@@ -53,6 +54,8 @@ def chunk(
         exceed S; if it does, what is read is nan.
       backend: the name of a backend, or "auto"; static.
       keys_values: a function that maps a block's arrays to (keys, values).
+      split: takes a function of (keys, values, shared, q, i, starts), which reads for any of the T
+        queries, and T; it may have several devices each run it for some of them.
 
     Returns:
       (block, z): the block with the new cells, and z [B, T, N, Hv] in q's dtype. Both have
@@ -67,9 +70,13 @@ def chunk(
     new = jax.tree.map(lambda x, old: x.swapaxes(1, 2).astype(old.dtype), cell, block)
     size = block[0].shape[2]
 
-    def attend(block, positions, starts=None):
+    def read(keys, values, shared, q, positions, starts):
         where = Where(positions, q_starts=starts)
-        return choice.attend(backend, q, *keys_values(block), where, shared, options=options)[0]
+        return choice.attend(backend, q, keys, values, where, shared, options=options)[0]
+
+    def attend(block, positions, starts=None):
+        own = q, positions, starts
+        return split(read, q.shape[1])(*keys_values(block), shared, *own)
 
     # What is written and what is read are apart: where nobody uses one, XLA drops it.
     def write(cells):

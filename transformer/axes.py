@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 # From the slowest links between devices to the fastest.
@@ -70,19 +71,28 @@ def over_parts(function: Callable, num_shared: int, **sizes: int) -> Callable:
         these leading axes, as those that it returns. No part depends on another.
       sizes: of each leading axis, by its logical name.
     """
-    names = [split_over(size, axis) for axis, size in sizes.items()]
-    if not any(names):
-        return function
-    own, shared = PartitionSpec(*names), PartitionSpec()
+    return _split(function, num_shared, [split_over(size, axis) for axis, size in sizes.items()])
 
-    def split(*operands):
-        return jax.shard_map(
-            function,
-            in_specs=tuple(shared if n < num_shared else own for n in range(len(operands))),
-            out_specs=own,
-            axis_names={name for axis in names for name in axis},
-            check_vma=False,  # loops of any program would have to say what varies
-        )(*operands)
+
+def split_queries(read: Callable, size: int) -> Callable:
+    """Has each device of the mesh read for the queries of its own tokens.
+
+    Left to itself, XLA runs a loop over tiles of queries on every device, and gathers for each.
+
+    Args:
+      read: as `kernels.write_read.chunk` splits it: three trees that all queries share, then those
+        whose arrays have leading axes of sequences and of `size` tokens, as what it returns.
+    """
+    names = split_over(size, "tokens")
+    if not names:
+        return read
+
+    def split(keys, values, shared, *own):
+        common = keys, values, shared
+        # Wide on the way in, so that their gradients are summed over devices in float32.
+        wide = jax.tree.map(_wide, common)
+        narrow = lambda wide: jax.tree.map(lambda x, like: x.astype(like.dtype), wide, common)
+        return _split(lambda wide, *own: read(*narrow(wide), *own), 1, [(), names])(wide, *own)
 
     return split
 
@@ -111,6 +121,29 @@ def gather_tokens(x: jax.Array, heads: bool = False) -> jax.Array:
     if heads:
         spec[2] = split_over(x.shape[2], "heads", "tokens") or any_way
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _split(function, num_shared, names):
+    """The function on its own part of the leading axes, each split over some axes of the mesh."""
+    if not any(names):
+        return function
+    own, shared = PartitionSpec(*(axis or None for axis in names)), PartitionSpec()
+
+    def split(*operands):
+        return jax.shard_map(
+            function,
+            in_specs=tuple(shared if n < num_shared else own for n in range(len(operands))),
+            out_specs=own,
+            axis_names={name for axis in names for name in axis},
+            check_vma=False,  # loops of any program would have to say what varies
+        )(*operands)
+
+    return split
+
+
+def _wide(x):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
 
 
 def _names(axis):

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from transformer.axes import MESH_AXES, RULES, constrain, gather_tokens, partition, split_over
+from transformer.axes import (
+    MESH_AXES,
+    RULES,
+    constrain,
+    gather_tokens,
+    partition,
+    split_over,
+    split_queries,
+)
 from transformer.devices.mesh import make_mesh
 
 
@@ -56,6 +64,18 @@ def test_tokens_are_gathered_where_they_are_split():
         assert "UNCONSTRAINED, None, UNCONSTRAINED" in text(3, 4, 5)
         assert "None, ('tensor', 'context')" in text(3, 4, 8, 5, heads=True)
         assert "sharding_constraint" not in text(3, 5, 8)  # there is no half of 5 tokens
+
+
+def test_devices_read_for_the_queries_of_their_tokens():
+    def text(length):
+        q, keys = (jax.ShapeDtypeStruct((2, n, 3), jnp.bfloat16) for n in (length, 6))
+        read = lambda keys, values, shared, q, i, starts: q * keys.sum()
+        split = lambda q, keys: split_queries(read, length)(keys, keys, None, q, None, None)
+        return str(jax.make_jaxpr(split)(q, keys))
+
+    with abstract(1, 1, 2, 2):
+        assert "shard_map" in text(4) and "f32[2,6,3]" in text(4)
+        assert "shard_map" not in text(5)  # there is no half of 5 tokens
 
 
 # The number of devices is fixed when JAX starts, so eight of them take a process of their own.

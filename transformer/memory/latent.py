@@ -12,6 +12,7 @@ from kernels.exact.products import batched
 from kernels.exact.sums import rounded
 from kernels.operands import Shared
 from kernels.options import Options
+from transformer.axes import split_queries
 from transformer.memory.memory import Memory, where
 
 
@@ -130,6 +131,7 @@ class Latent(Memory):
             options=self._options(queries),
             packed=packed,
             backend=self.backend,
+            split=split_queries,
             keys_values=keys_values,
         )
         return block, z if makes_all else self._values(z, value)

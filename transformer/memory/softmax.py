@@ -9,6 +9,7 @@ from kernels import write_read as kernel
 from kernels.blocks import Blocks
 from kernels.operands import Shared
 from kernels.options import Options
+from transformer.axes import split_queries
 from transformer.memory.memory import Memory
 
 
@@ -139,6 +140,7 @@ class Softmax(Memory):
             options=self._options(queries),
             packed=packed,
             backend=self.backend,
+            split=split_queries,
         )
 
     def _shared(self, sinks, queries):
