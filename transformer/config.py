@@ -62,12 +62,15 @@ class Latent:
       rotary_size: numbers of the key that carries the position; even.
       value_size: numbers of a head's value; None: the head size, which is that of the part of a key
         that carries no position.
+      norm_epsilon: the number under the root of the norms of latent vectors; None: that of the
+        config.
     """
 
     rank: int
     query_rank: int | None = None
     rotary_size: int = 64
     value_size: int | None = None
+    norm_epsilon: float | None = None
 
     def __post_init__(self):
         require_types("latent.", self)
@@ -79,6 +82,10 @@ class Latent:
             raise ValueError(
                 f"latent.rotary_size={self.rotary_size}; positions turn pairs of numbers, so it "
                 "must be even."
+            )
+        if self.norm_epsilon is not None and not 0 < self.norm_epsilon < math.inf:
+            raise ValueError(
+                f"latent.norm_epsilon={self.norm_epsilon}; it must be above 0 and finite."
             )
 
 

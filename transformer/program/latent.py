@@ -46,9 +46,10 @@ def project(spec, params, x, i):
     config, mixer, sizes = spec.config, params.mixer, spec.config.latent
     x = norm(spec, params.mixer_norm, x)
     latent, key = jnp.split(linear(spec, mixer.down, x), [sizes.rank])
-    latent = norm(spec, mixer.down_norm, latent)
+    latent = norm(spec, mixer.down_norm, latent, sizes.norm_epsilon)
     if mixer.query_down is not None:
-        x = norm(spec, mixer.query_norm, linear(spec, mixer.query_down, x))
+        x = linear(spec, mixer.query_down, x)
+        x = norm(spec, mixer.query_norm, x, sizes.norm_epsilon)
     q = linear(spec, mixer.query, x).reshape(config.num_heads, -1)
     q, q_position = jnp.split(q, [config.shape.H], axis=1)
     if config.positions == "rotary":

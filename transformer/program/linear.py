@@ -33,19 +33,25 @@ def linear(spec, params: Linear, x):
     return rounded(y + rounded(params.bias.astype(x.dtype)))
 
 
-def norm(spec, params: Norm | None, x):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, in float32; None: identity."""
+def norm(spec, params: Norm | None, x, epsilon: float | None = None):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, in float32; None: identity.
+
+    epsilon: the number under the root; None: that of the config.
+    """
     if params is None:
         return x
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if spec.config.norm == "layer":
         y = y - spec.numerics.mean(y)
-    y = spec.numerics.rounded(rms_norm(spec, y) * params.scale)
+    y = spec.numerics.rounded(rms_norm(spec, y, epsilon) * params.scale)
     return spec.numerics.rounded((y if params.bias is None else y + params.bias).astype(x.dtype))
 
 
-def rms_norm(spec, x):
-    """x over the root of its mean square, in the last axis; in float32 or wider."""
+def rms_norm(spec, x, epsilon: float | None = None):
+    """x over the root of its mean square, in the last axis; in float32 or wider.
+
+    epsilon: as in `norm`.
+    """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = spec.numerics.mean(jnp.square(x))
-    return x * spec.numerics.rsqrt(mean_square + spec.config.norm_epsilon)
+    return x * spec.numerics.rsqrt(mean_square + (epsilon or spec.config.norm_epsilon))

@@ -18,6 +18,8 @@ def meaning(config: Config) -> dict:
         "feed_forward_width": config.shape.F,
     }
     fields = config.to_dict() | sizes
+    if config.latent is not None and config.latent.norm_epsilon is None:
+        fields["latent"]["norm_epsilon"] = config.norm_epsilon
     return {name: value for name, value in fields.items() if name not in _COMPUTATION}
 
 

@@ -109,6 +109,7 @@ MODELS = {
         "Gemma3",
         SIZES
         | {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": WINDOW}
+        | {"attn_logit_softcapping": 2.0}  # which transformers does not apply
         | {
             "layer_types": LAYER_TYPES,
             "rope_parameters": {
@@ -185,7 +186,9 @@ MODELS = {
         | {"num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 8}
         | {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
         | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
-        | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
+        | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+        # Which the norms of latent vectors do not have.
+        | {"rms_norm_eps": 1e-2},
     ),
     "deepseek_v3": (
         "DeepseekV3",

@@ -9,6 +9,7 @@ from transformer.storage.formats.architectures.llama import (
     OURS,
     activation,
     experts,
+    norm_epsilon,
     tied,
 )
 from transformer.storage.formats.family import Family
@@ -51,9 +52,9 @@ class Sizes:
             query_rank=fields.take("q_lora_rank", int | None, None),
             rotary_size=fields.take("qk_rope_head_dim", int),
             value_size=fields.take("v_head_dim", int),
+            # It is that of the published layer's norms by default, whatever the config says.
+            norm_epsilon=1e-6,
         )
-        # Those of the latent vectors have this one, whatever the config says.
-        fields.only("rms_norm_eps", 1e-6)
         # Sizes that follow from others, and one that is not read.
         fields.drop("head_dim", "qk_head_dim", "num_key_value_heads")
 
@@ -66,7 +67,6 @@ class Sizes:
             "v_head_dim": latent.value_size or H,
             "kv_lora_rank": latent.rank,
             "q_lora_rank": latent.query_rank,
-            "rms_norm_eps": config.norm_epsilon,
             "num_key_value_heads": config.num_heads,
         }
 
@@ -181,7 +181,8 @@ _SIZES = (
     Sizes(),
     Only("attention_bias"),
     Only("mlp_bias"),
-    Always({"layer_kinds": "latent", "norm_epsilon": 1e-6}),
+    norm_epsilon(),
+    Always({"layer_kinds": "latent"}),
 )
 
 DEEPSEEK_V2 = Family(

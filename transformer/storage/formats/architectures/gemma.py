@@ -11,7 +11,15 @@ from transformer.storage.formats.architectures.llama import (
 )
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.layouts import PLUS_ONE
-from transformer.storage.formats.options import Always, Chosen, Only, RootOfWidth, Same, Scale
+from transformer.storage.formats.options import (
+    Always,
+    Chosen,
+    Only,
+    RootOfWidth,
+    Same,
+    Scale,
+    Unused,
+)
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.windows import SomeLayers
 
@@ -27,7 +35,6 @@ _SECOND = (
     *_SHARED,
     activation("hidden_activation", "gelu_pytorch_tanh"),
     Scale(),
-    Same("attn_logit_softcapping", "attention_soft_cap", float | None, None),
     Same("final_logit_softcapping", "logit_soft_cap", float | None, None),
 )
 
@@ -53,7 +60,13 @@ GEMMA = Family(
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
-    (*_SECOND, Rotary(), SomeLayers(period=2), Always({"norm_placement": "both"})),
+    (
+        *_SECOND,
+        Same("attn_logit_softcapping", "attention_soft_cap", float | None, None),
+        Rotary(),
+        SomeLayers(period=2),
+        Always({"norm_placement": "both"}),
+    ),
     _table,
 )
 GEMMA3 = Family(
@@ -63,6 +76,7 @@ GEMMA3 = Family(
         *_SECOND,
         Rotary(1_000_000.0, local_base=10_000.0),
         SomeLayers(period=6),
+        Unused(("attn_logit_softcapping",), "Gemma 3 has the key, but its scores have no cap"),
         Always({"norm_placement": "both", "qk_norm": True}),
     ),
     _table,
