@@ -4,6 +4,7 @@ The metadata become the config that transformers has for the same model, and the
 names that they have there; what follows is the same for both.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _KEYS = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
@@ -151,6 +153,9 @@ def _read_flavour(name, own, values):
     """What the files leave to the architecture, or say otherwise than transformers does."""
     kind = own.get("rope.scaling.type", "none")
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
+    magnitude = own.get("rope.scaling.attn_factor", 1.0)
+    if kind != "yarn" and magnitude != 1.0:
+        raise ValueError(f"rope.scaling.attn_factor={magnitude} is not supported without yarn.")
     if kind == "linear" or (kind == "none" and factor != 1.0):
         values["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
@@ -159,6 +164,7 @@ def _read_flavour(name, own, values):
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": before,
+            "attention_factor": magnitude * (1 + 0.1 * math.log(factor)) if factor > 1 else None,
         }
     elif kind != "none":
         raise ValueError(f"rope.scaling.type={kind!r} is not supported.")
@@ -183,8 +189,8 @@ class _Changed:
     change: Callable[[np.ndarray], np.ndarray]
     dtype = np.dtype(np.float32)
 
-    def read(self):
-        return self.change(self.tensor.read())
+    def read(self, dtype=None):
+        return self.change(self.tensor.read(dtype))
 
 
 def _named(family, config, tensors, architecture):

@@ -16,6 +16,8 @@ import gguf
 import gguf.quants
 import numpy as np
 
+from transformer.storage.formats.buffers import buffer
+
 _VERSIONS = (2, 3)
 _SCALARS = {
     0: "B",
@@ -52,11 +54,17 @@ class Quantised:
     kind: Any
     dtype = np.dtype(np.float32)
 
-    def read(self) -> np.ndarray:
-        """The numbers, float32."""
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes of the file it takes."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * block_bytes
+
+    def read(self, dtype: np.dtype | None = None) -> np.ndarray:
+        """The numbers in a type; None: float32."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
         count = math.prod(self.shape) // block
-        made = np.empty((count, block), np.float32)
+        made = buffer((count, block), self.dtype if dtype is None else dtype)
         stored = np.memmap(self.path, np.uint8, "r", self.offset, (count, block_bytes))
         for n in range(0, count, _BLOCKS):
             # As one long row: the package takes rows in small groups, which takes longer than what
@@ -107,9 +115,20 @@ def _read(path, cursor):
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise ValueError(f"general.alignment={alignment!r}")
     start = -(-cursor.offset // alignment) * alignment
-    return metadata, {
+    tensors = {
         name: _tensor(path, name, start, cursor.size, *fields) for name, fields in described.items()
     }
+    _require_apart(tensors)
+    return metadata, tensors
+
+
+def _require_apart(tensors):
+    """Refuses tensors that overlap."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end:
+            raise ValueError(f"tensor {name!r} begins before the one before it ends")
+        end = tensor.offset + tensor.num_bytes
 
 
 def _tensor(path, name, start, size, shape, number, offset):
@@ -117,12 +136,13 @@ def _tensor(path, name, start, size, shape, number, offset):
         kind = gguf.GGMLQuantizationType(number)
     except ValueError as error:
         raise ValueError(f"tensor {name!r} is of type {number}, which is not known") from error
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
     if shape[-1] % block or not all(shape):
         raise ValueError(f"tensor {name!r} of shape {shape} is not made of blocks of {block}")
-    if start + offset + math.prod(shape) // block * block_bytes > size:
+    tensor = Quantised(path, start + offset, shape, kind)
+    if tensor.offset + tensor.num_bytes > size:
         raise ValueError(f"tensor {name!r} of shape {shape} ends behind the end of the file")
-    return Quantised(path, start + offset, shape, kind)
+    return tensor
 
 
 class _Cursor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from transformer.storage.formats.buffers import buffer
+
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
 _BYTES = 16  # of a block
@@ -26,9 +28,9 @@ class Packed:
         experts, rows, groups, _ = self.blocks.shape
         return experts, groups * 2 * _BYTES, rows
 
-    def read(self) -> np.ndarray:
-        """The numbers, as bfloat16, which holds them exactly."""
-        made = np.empty(self.shape, self.dtype)
+    def read(self, dtype: np.dtype | None = None) -> np.ndarray:
+        """The numbers in a type; None: bfloat16, which holds them exactly."""
+        made = buffer(self.shape, self.dtype if dtype is None else dtype)
         for x, (blocks, scales) in enumerate(
             zip(self.blocks.read(), self.scales.read(), strict=True)
         ):

@@ -1,8 +1,10 @@
 """Parameters from published tensors and back, one tensor after the other."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -12,7 +14,9 @@ import numpy as np
 from transformer.config import Config
 from transformer.program.params import Params
 from transformer.storage.arrays import flat
+from transformer.storage.formats.buffers import contiguous
 from transformer.storage.formats.family import Family
+from transformer.storage.formats.layouts import SAME
 from transformer.storage.formats.tables import Entry, abstract_params, entries
 from transformer.storage.keeping import Keeping
 
@@ -26,8 +30,8 @@ class Tensor(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self) -> np.ndarray:
-        """Its numbers."""
+    def read(self, dtype: np.dtype | None = None) -> np.ndarray:
+        """Its numbers in a type, in memory of their own; None: the type it has."""
 
 
 def read_params(
@@ -38,6 +42,9 @@ def read_params(
     keeping: Keeping,
 ) -> Params:
     """Reads parameters, tensor by tensor: no two are in memory in both forms at a time.
+
+    The largest come first, while there is little beside them, and of those that are as large the
+    ones that are stored in another order, which are there twice for a moment.
 
     Args:
       family: says which tensors hold which parameters.
@@ -59,13 +66,15 @@ def read_params(
     _require_names(family, config, tensors, published)
     with ThreadPoolExecutor(1) as pool:
         prepare = pool.submit(_prepare, keeping, config, abstract, dtype)
-        for entry in table:
-            for name, x in zip(
-                entry.ours, _read(entry, config, tensors, find, dtype, shapes), strict=True
-            ):
-                made[name] = place(name, x)
+        for entry in sorted(table, key=partial(_room, shapes), reverse=True):
+            arrays = _read(entry, config, tensors, find, dtype, shapes)
+            made |= {name: place(name, arrays.pop(0)) for name in entry.ours}
         prepare.result()
     return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in shapes])
+
+
+def _room(shapes, entry):
+    return sum(math.prod(shapes[name].shape) for name in entry.ours), entry.layout is not SAME
 
 
 def _prepare(keeping, config, abstract, dtype):
@@ -139,7 +148,7 @@ def _read(entry: Entry, config, tensors, find, dtype, shapes):
             if x.shape != y.shape
         ]
         raise ValueError(f"tensor {'; '.join(wrong)}: the config is that of another model.")
-    return made
+    return list(map(contiguous, made))
 
 
 def _numbers(name, tensor, dtype):
@@ -148,7 +157,7 @@ def _numbers(name, tensor, dtype):
             f"tensor {name} is of type {tensor.dtype}; parameters must be float32, bfloat16, "
             "float16 or float64."
         )
-    return tensor.read().astype(dtype if len(tensor.shape) > 1 else np.float32)
+    return tensor.read(dtype if len(tensor.shape) > 1 else np.dtype(np.float32))
 
 
 def written(

@@ -1,7 +1,7 @@
 """Files of safetensors: their header, checked, and their tensors, read one by one.
 
 The library of that name maps the whole file and keeps what has been read in memory, beside what is
-made of it. Here each tensor is mapped alone, and goes when it has been used.
+made of it. Here a part of a tensor is mapped at a time, and goes when it has been read.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from transformer.storage.formats.buffers import buffer
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,6 +35,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, as in the library
+_PART = 2**20  # numbers of a tensor that are mapped at a time
 _PICKLES = (b"\x80", b"PK\x03\x04")  # how files of PyTorch begin
 
 
@@ -45,11 +48,15 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self) -> np.ndarray:
-        """A memory map of the tensor, which is not to be written to."""
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+    def read(self, dtype: np.dtype | None = None) -> np.ndarray:
+        """The tensor in another type; None: in its own."""
+        made = buffer(self.shape, self.dtype if dtype is None else dtype)
+        numbers = made.reshape(-1)
+        for n in range(0, numbers.size, _PART):
+            part = numbers[n : n + _PART]
+            at = self.offset + n * self.dtype.itemsize
+            part[:] = np.memmap(self.path, self.dtype, "r", at, part.shape)
+        return made
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Stored]:

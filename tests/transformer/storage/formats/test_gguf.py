@@ -86,6 +86,9 @@ def _add_config(writer, config):
         writer.add_sliding_window(config["sliding_window"])
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if config["model_type"] == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
 
 
 def _converted(architecture, config, name, x):
@@ -109,6 +112,7 @@ MODELS = [
     ("qwen3", "qwen3"),
     ("gemma", "gemma"),
     ("gemma2", "gemma2"),
+    ("gemma3_text", "gemma3"),
 ]
 
 
@@ -116,6 +120,8 @@ MODELS = [
 def test_a_model_is_the_same_as_from_safetensors(as_gguf, published_named, name, architecture):
     ours, theirs = load(as_gguf(name, architecture)), load(published_named(name))
     assert ours.config.shape == theirs.config.shape
+    assert ours.config.rotary_base == theirs.config.rotary_base
+    assert ours.config.rotary_window_base == theirs.config.rotary_window_base
     _assert_close(ours.params, theirs.params, 1e-6)  # Gemma's norms lose the bits of 1 + scale
     assert ours.tokenizer is None
 
@@ -148,5 +154,11 @@ def test_what_is_not_supported_is_named(tmp_path):
     _finish(writer)
     with pytest.raises(ValueError, match=r"keys that are not known for llama: wings"):
         load(tmp_path / "b.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "d.gguf", "llama")
+    writer.add_rope_scaling_attn_factors(1.5)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    _finish(writer)
+    with pytest.raises(ValueError, match=r"attn_factor=1.5 is not supported without yarn"):
+        load(tmp_path / "d.gguf")
     with pytest.raises(FileNotFoundError, match=r"c\.gguf"):
         load(tmp_path / "c.gguf")

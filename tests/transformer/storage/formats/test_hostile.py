@@ -60,11 +60,16 @@ def test_mutated_gguf(tmp_path, rng):
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc"])
     writer.add_float32("llama.rope.freq_base", 1.5)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.add_tensor("output.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     content, refused = path.read_bytes(), 0
+    before, after = content.rsplit((512).to_bytes(8, "little"), 1)  # where the second begins
+    path.write_bytes(before + bytes(8) + after)
+    with pytest.raises(ValueError, match=r"begins before the one before it ends"):
+        read_file(path)
     for _ in range(MUTATIONS):
         path.write_bytes(mutated(rng, content))
         try:
