@@ -1,5 +1,6 @@
 """A tiny training run: its config, in this process or as people start it, and one that is done."""
 
+import json
 import os
 import signal
 import subprocess
@@ -20,8 +21,47 @@ from transformer import Model, init_params, presets, save
 from transformer.data.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
+FORKING = Path(__file__).with_name("forking.py")
 PROGRAM = [sys.executable, "-m", "experiments.train"]
 STEPS, EVERY = 160, 20
+
+
+@pytest.fixture(scope="session")
+def run_source(tmp_path_factory):
+    """run_source(text, *flags) runs a program to its end: its returncode, stdout and stderr.
+
+    As in a process of its own; but importing JAX and others takes seconds, and is done once.
+    """
+    pipe, files = subprocess.PIPE, tmp_path_factory.mktemp("printed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-W", "ignore", FORKING]
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def run_source(source, *arguments, folder=ROOT, **changes):
+        request = {"source": source, "arguments": arguments, "folder": str(folder)}
+        request["environment"] = os.environ | changes
+        printed = {name: files / name for name in ("out", "err")}
+        for name, path in printed.items():
+            path.write_bytes(b"")
+            request[name] = str(path)
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        out, err = (path.read_text(encoding="utf-8") for path in printed.values())
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    yield run_source
+    server.communicate()
+
+
+@pytest.fixture(scope="session")
+def run_program(run_source):
+    """run_program("experiments.sample", *flags) is `python -m experiments.sample` with flags."""
+
+    def run_program(name, *flags, **options):
+        source = f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+        return run_source(source, *flags, **options)
+
+    return run_program
 
 
 def settings(corpus, **changes):
@@ -43,6 +83,13 @@ def settings(corpus, **changes):
         "checkpoint.keep_last": 3,
     }
     return values | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def flags_of(corpus, workdir, **changes):
+    """The flags of a tiny run."""
+    given = settings(corpus, **changes).items()
+    given = [f"--config.{name}={value}" for name, value in given if value is not None]
+    return f"--config={ROOT / 'experiments/configs/tiny.py'}", f"--workdir={workdir}", *given
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +121,9 @@ def start(corpus):
     """A function that starts the command with the flags of a tiny run, and more."""
 
     def start(workdir, *flags, devices=1, environment=(), **changes):
-        given = settings(corpus, **changes).items()
-        given = [f"--config.{name}={value}" for name, value in given if value is not None]
-        config = f"--config={ROOT / 'experiments/configs/tiny.py'}"
         xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
-            [*PROGRAM, config, f"--workdir={workdir}", *given, *flags],
+            [*PROGRAM, *flags_of(corpus, workdir, **changes), *flags],
             cwd=ROOT,
             env=os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"} | dict(environment),
             stdout=subprocess.PIPE,
@@ -91,13 +135,11 @@ def start(corpus):
 
 
 @pytest.fixture(scope="session")
-def command(start):
+def command(run_program, corpus):
     """A function that runs the command to its end: its status and what it printed."""
 
-    def command(workdir, *flags, **options):
-        process = start(workdir, *flags, **options)
-        out, err = process.communicate()
-        return SimpleNamespace(returncode=process.returncode, out=out, err=err)
+    def command(workdir, *flags, **changes):
+        return run_program("experiments.train", *flags_of(corpus, workdir, **changes), *flags)
 
     return command
 

@@ -1,21 +1,17 @@
 """The program that measures speed, as people start it, on the smallest preset."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture
+def program(run_program):
+    return partial(run_program, "experiments.benchmark")
 
 
-def program(*flags):
-    command = [sys.executable, "-m", "experiments.benchmark", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_benchmark_reports_what_it_measured(tmp_path):
+def test_the_benchmark_reports_what_it_measured(program, tmp_path):
     json_file, plot = tmp_path / "figures.json", tmp_path / "figures.png"
     result = program(
         "--suite=prefill,decode_attention",
@@ -42,7 +38,7 @@ def test_the_benchmark_reports_what_it_measured(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_peer_that_cannot_run_costs_its_column_and_one_line(tmp_path):
+def test_a_peer_that_cannot_run_costs_its_column_and_one_line(run_source, tmp_path):
     """The suites are replaced, since those that a peer runs take a large model."""
     program = """
 from experiments import benchmark
@@ -63,8 +59,7 @@ cli.start(benchmark.main)
         (str(python), "No module named 'torch'; "),
         ("/nowhere/python", "[Errno 2] No such file or directory: '/nowhere/python'"),
     ):
-        command = [sys.executable, "-c", program, "--suite=prefill,decode", f"--peer={peer}"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        result = run_source(program, "--suite=prefill,decode", f"--peer={peer}")
         assert result.returncode == 0 and not result.stderr, result.stderr
         assert result.stdout.count("the peer is not run: ") == 1
         assert f"the peer is not run: {reason}" in result.stdout
@@ -86,7 +81,7 @@ cli.start(benchmark.main)
         ("--plot=figures.foo", "its name must end in .png"),
     ],
 )
-def test_wrong_use_is_one_line(flag, message):
+def test_wrong_use_is_one_line(program, flag, message):
     result = program(*flag.split())
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()

@@ -1,12 +1,9 @@
 """The command that checks a program, as people start it."""
 
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 LAWFUL = """
 import jax, jax.numpy as jnp
 from transformer import Cache, Fold
@@ -35,6 +32,11 @@ def empty(capacity):
 
 
 @pytest.fixture
+def start(run_program):
+    return partial(run_program, "experiments.contract")
+
+
+@pytest.fixture
 def program(tmp_path):
     """A file of programs; it is also a module where the command is started."""
     (tmp_path / "mine.py").write_text(LAWFUL)
@@ -42,20 +44,14 @@ def program(tmp_path):
     return tmp_path
 
 
-def start(*flags, folder=ROOT):
-    command = [sys.executable, "-m", "experiments.contract", *flags]
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("name", ["mine:program", "mine.py:program"])
-def test_a_lawful_program(program, name):
+def test_a_lawful_program(start, program, name):
     result = start(f"--program={name}", folder=program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("lawful")
 
 
-def test_an_unlawful_program(program):
+def test_an_unlawful_program(start, program):
     result = start(f"--program={program / 'mine.py'}:next_cell")
     assert result.returncode == 1, result.stderr
     line = LAWFUL.splitlines().index(
@@ -65,7 +61,7 @@ def test_an_unlawful_program(program):
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
 
 
-def test_a_trained_model(saved):
+def test_a_trained_model(start, saved):
     result = start(f"--workdir={saved}", "--capacity=3")
     assert result.returncode == 0, result.stderr + result.stdout
 
@@ -85,7 +81,7 @@ def test_a_trained_model(saved):
     ],
     ids=str,
 )
-def test_wrong_use_is_one_line(program, flags, message):
+def test_wrong_use_is_one_line(start, program, flags, message):
     result = start(*flags, folder=program)
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()

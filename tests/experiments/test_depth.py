@@ -1,21 +1,17 @@
 """The program that shows how deep each way to run is, as people start it, on a few tokens."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture
+def program(run_program):
+    return partial(run_program, "experiments.depth")
 
 
-def program(*flags):
-    command = [sys.executable, "-m", "experiments.depth", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_it_computes_and_times_every_way(tmp_path):
+def test_it_computes_and_times_every_way(program, tmp_path):
     json_file, plot = tmp_path / "figures.json", tmp_path / "figures.png"
     flags = f"--json={json_file}", f"--plot={plot}"
     result = program("--lengths=65,8", "--repeats=1", *flags)
@@ -49,7 +45,7 @@ def test_it_computes_and_times_every_way(tmp_path):
         ("--json=/nowhere/depth.json", "/nowhere/depth.json"),
     ],
 )
-def test_wrong_use_is_one_line(flag, message):
+def test_wrong_use_is_one_line(program, flag, message):
     result = program(flag)
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()

@@ -1,23 +1,17 @@
 """The program that compares the ways to run a model, as people start it, on a small one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture
+def program(run_program):
+    return partial(run_program, "experiments.equivalence")
 
 
-def program(*flags, **environment):
-    command = [sys.executable, "-m", "experiments.equivalence", *flags]
-    env = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-
-
-def test_it_prints_a_row_for_each_way(saved):
+def test_it_prints_a_row_for_each_way(program, saved):
     result = program(f"--workdir={saved}", "--length=20", "--attention=xla", "--json")
     assert result.returncode == 0, result.stderr
     rows = {row["way"]: row for row in map(json.loads, result.stdout.splitlines())}
@@ -38,7 +32,7 @@ def test_it_prints_a_row_for_each_way(saved):
 
 
 @pytest.mark.thorough
-def test_exact_numerics_give_equal_bits():
+def test_exact_numerics_give_equal_bits(program):
     """Compiled as people compile, with LLVM's optimisation, which other tests do without."""
     names = ["parallel", "sequential", "inside the training step"]
     result = program(
@@ -55,13 +49,13 @@ def test_exact_numerics_give_equal_bits():
     assert [(row["way"], row["equal_bits"]) for row in rows] == [(name, 1) for name in names]
 
 
-def test_the_first_bits_that_part_are_named(saved):
+def test_the_first_bits_that_part_are_named(program, saved):
     [fast] = program(f"--workdir={saved}", "--length=20", "--trace").stdout.splitlines()
     assert fast.startswith("bits part first in ") and "at token " in fast
 
 
 @pytest.mark.thorough
-def test_no_bits_part_in_exact_numerics(saved):
+def test_no_bits_part_in_exact_numerics(program, saved):
     exact = program(
         f"--workdir={saved}", "--length=20", "--trace", "--numerics=exact", XLA_FLAGS=""
     )
@@ -78,7 +72,7 @@ def test_no_bits_part_in_exact_numerics(saved):
         ("--seed=-1", "seed"),
     ],
 )
-def test_wrong_use_is_one_line(flag, message):
+def test_wrong_use_is_one_line(program, flag, message):
     result = program(flag)
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()

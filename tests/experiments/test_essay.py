@@ -1,9 +1,6 @@
 """The essay's claims, measured on a tiny hybrid: every claim is judged, and a report is written."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,10 +12,8 @@ from transformer import Model, init_cache, init_params, presets, program, save, 
 from transformer.config import Delta
 from transformer.data.tokenizer import byte_tokenizer
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_it_measures_and_judges(tmp_path, corpus):
+def test_it_measures_and_judges(run_program, tmp_path, corpus):
     config = presets["tiny"].replace(
         width=16, num_heads=2, num_kv_heads=1, layer_kinds=("delta", "attention"), delta=Delta()
     )
@@ -27,8 +22,7 @@ def test_it_measures_and_judges(tmp_path, corpus):
     )
     flags = f"--workdir={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", f"--text={corpus}"
     sizes = "--fraction=0.5", "--documents=4", "--length=12", "--steps=3", "--lengths=8"
-    command = [sys.executable, "-m", "experiments.essay", *flags, *sizes]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_program("experiments.essay", *flags, *sizes)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out/essay.json").read_text())
     assert len(found["claims"]) == 9
@@ -80,13 +74,12 @@ def test_layers_that_are_scanned_all_count(monkeypatch):
     assert counts[0] == counts[1]
 
 
-def test_wrong_use_is_one_line(tmp_path):
+def test_wrong_use_is_one_line(run_program, tmp_path):
     for flags, message in (
         ([], "give one of --workdir=DIR and --model=PATH."),
         (["--model=x", "--lengths=8,no"], "--lengths=8,no; give numbers of tokens"),
     ):
-        command = [sys.executable, "-m", "experiments.essay", *flags, f"--out={tmp_path}"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        result = run_program("experiments.essay", *flags, f"--out={tmp_path}")
         assert result.returncode == 2 and not result.stdout
         [line] = result.stderr.splitlines()
         assert line.startswith("error: ") and message in line

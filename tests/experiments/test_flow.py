@@ -4,11 +4,9 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import urllib.request
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +17,6 @@ from transformer.program.init import init_cache
 from transformer.program.program import program
 from transformer.storage.model import load
 
-ROOT = Path(__file__).parents[2]
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -51,11 +48,9 @@ def served(workdir):
         http.shutdown()
 
 
-def test_it_writes_pictures_and_a_page(workdir, tmp_path):
-    command = [sys.executable, "-m", "experiments.flow", f"--model={workdir}", "--prompt=ab"]
-    result = subprocess.run(
-        [*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_it_writes_pictures_and_a_page(run_program, workdir, tmp_path):
+    flags = f"--model={workdir}", "--prompt=ab", f"--out={tmp_path}"
+    result = run_program("experiments.flow", *flags)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "flow.svg").read_text()
@@ -124,9 +119,8 @@ def test_a_browser_shows_it(served, tmp_path):
         ),
     ],
 )
-def test_wrong_use_is_one_line(flags, message):
-    command = [sys.executable, "-m", "experiments.flow", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_wrong_use_is_one_line(run_program, flags, message):
+    result = run_program("experiments.flow", *flags)
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line

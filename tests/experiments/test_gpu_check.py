@@ -1,13 +1,9 @@
 """The first minutes on a GPU, as people start them; what is checked is cut short."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from experiments import gpu_check
@@ -21,14 +17,17 @@ cli.start(gpu_check.main)
 """
 
 
-def program(folder, *flags, difference):
-    command = [sys.executable, "-c", PROGRAM, f"--out={folder}", *flags, str(difference)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def program(run_source, tmp_path):
+    def program(*flags, difference):
+        return run_source(PROGRAM, f"--out={tmp_path}", *flags, str(difference))
+
+    return program
 
 
 @pytest.mark.parametrize("figures", [True, False])
-def test_it_writes_what_it_found_under_the_name_of_the_device(tmp_path, figures):
-    result = program(tmp_path, *[] if figures else ["--nofigures"], difference=1e-6)
+def test_it_writes_what_it_found_under_the_name_of_the_device(program, tmp_path, figures):
+    result = program(*[] if figures else ["--nofigures"], difference=1e-6)
     assert result.returncode == 0, result.stderr
     [file] = tmp_path.iterdir()
     report = json.loads(file.read_text())
@@ -44,8 +43,8 @@ def test_it_writes_what_it_found_under_the_name_of_the_device(tmp_path, figures)
     )
 
 
-def test_a_check_that_fails_ends_it(tmp_path):
-    result = program(tmp_path, difference=1e-3)
+def test_a_check_that_fails_ends_it(program, tmp_path):
+    result = program(difference=1e-3)
     assert result.returncode == 1 and "FAILED" in result.stdout and "timed" not in result.stdout
     assert result.stderr == "error: 1 of 1 checks failed.\n"
     [file] = tmp_path.iterdir()

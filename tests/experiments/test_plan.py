@@ -1,20 +1,19 @@
 """The program that says what a step needs of devices that are not there, as people start it."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
 TINY = "--config=experiments/configs/tiny.py", "--config.data.batch_size=8"
 
 
-def program(*flags):
-    command = [sys.executable, "-m", "experiments.plan", *TINY, *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def program(run_program):
+    return partial(run_program, "experiments.plan", *TINY)
 
 
-def test_each_device_holds_its_part():
+def test_each_device_holds_its_part(program):
     E, F, KH, V, L, T = 256, 640, 32, 257, 2, 64
     sizes = f"--config.model.width={E}", f"--config.model.feed_forward_width={F}"
     sizes += (
@@ -42,7 +41,7 @@ def test_each_device_holds_its_part():
     assert float(gathers) > 4 * matrices / 1e6  # once at least, to its whole size
 
 
-def test_what_cannot_be_planned_is_said():
+def test_what_cannot_be_planned_is_said(program):
     for mesh, said in (
         ("fsdp=-1", "give every size, as there are no devices to count"),
         ("model=2", "has an axis 'model'; the axes are data, fsdp, context, tensor"),

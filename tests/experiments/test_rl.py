@@ -1,23 +1,21 @@
 """Reinforcement learning as people start it: the divergence is 0, to the bit."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
+
+import pytest
 
 from experiments.run.metrics import METRICS_FILE, read_rows
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["num_layers=1", "width=32", "num_heads=2", "feed_forward_width=64"]
 
 
-def program(*flags):
-    command = [sys.executable, "-m", "experiments.rl", *flags]
-    env = os.environ | {"XLA_FLAGS": ""}  # equal bits are a claim about optimised code
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+@pytest.fixture
+def program(run_program):
+    # Equal bits are a claim about optimised code.
+    return partial(run_program, "experiments.rl", XLA_FLAGS="")
 
 
-def test_the_trainer_has_the_sampler_s_probabilities(tmp_path):
+def test_the_trainer_has_the_sampler_s_probabilities(program, tmp_path):
     result = program(
         f"--workdir={tmp_path}",
         *(f"--config.model.{field}" for field in SMALL),
@@ -33,7 +31,7 @@ def test_the_trainer_has_the_sampler_s_probabilities(tmp_path):
     assert result.stdout.splitlines()[-1].startswith("finished after step 3: reward ")
 
 
-def test_wrong_use_is_one_line(tmp_path):
+def test_wrong_use_is_one_line(program, tmp_path):
     result = program(f"--workdir={tmp_path}", "--config.rl.task=chess")
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()

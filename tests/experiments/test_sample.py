@@ -1,9 +1,9 @@
 """The sampling program as people start it: what it prints, and what it says to wrong use."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,17 +17,12 @@ PROMPTS = ["ab", "ab", "longer é prompt", "longer é prompt"]
 PROGRAM = [sys.executable, "-m", "experiments.sample"]
 
 
-def sample(*flags):
-    return subprocess.run(
-        [*PROGRAM, *flags],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-    )
+@pytest.fixture
+def sample(run_program):
+    return partial(run_program, "experiments.sample")
 
 
-def test_json_is_what_generate_returns(model, saved):
+def test_json_is_what_generate_returns(sample, model, saved):
     result = sample(
         f"--workdir={saved}", "--prompt=ab", "--prompt=longer é prompt", "--num_samples=2",
         "--stop=x", "--stop=yz", "--json", *FLAGS,
@@ -41,7 +36,7 @@ def test_json_is_what_generate_returns(model, saved):
         assert row == vars(completion)
 
 
-def test_text_of_several_prompts_comes_one_after_the_other(model, saved):
+def test_text_of_several_prompts_comes_one_after_the_other(sample, model, saved):
     flags = [f"--prompt={prompt}" for prompt in PROMPTS]
     result = sample(f"--workdir={saved}", *flags, *FLAGS)
     assert result.returncode == 0, result.stderr
@@ -50,7 +45,7 @@ def test_text_of_several_prompts_comes_one_after_the_other(model, saved):
         f"=== {n} of 4 ===\n{prompt}{text}\n"
         for n, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True), 1)
     )
-    # subprocess reads every line break, also those that the model wrote, as \n.
+    # Every line break is read as \n, also those that the model wrote.
     assert result.stdout.splitlines() == expected.splitlines()
 
 
@@ -74,7 +69,7 @@ def test_a_reader_that_leaves_is_no_error(saved):
         ([], "prompt"),
     ],
 )
-def test_wrong_use_is_one_line(saved, flags, message):
+def test_wrong_use_is_one_line(sample, saved, flags, message):
     result = sample(f"--workdir={saved}", *flags)
     assert result.returncode == 2 and not result.stdout
     [line] = result.stderr.splitlines()
@@ -84,5 +79,5 @@ def test_wrong_use_is_one_line(saved, flags, message):
 def test_help_needs_no_jax():
     code = "import sys, experiments.sample; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    result = sample("--help")
+    result = subprocess.run([*PROGRAM, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "--prompt" in result.stdout and "--top_p" in result.stdout

@@ -85,10 +85,10 @@ def test_interrupted_runs_equal_an_uninterrupted_one(
 def test_a_finished_run_says_its_result_and_does_nothing(reference, command):
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
     result = command(reference)
-    assert result.returncode == 0, result.err
+    assert result.returncode == 0, result.stderr
     bits = read_rows(reference / METRICS_FILE)[-1]["validation_bits_per_byte"]
-    assert result.out.startswith(f"finished after step {STEPS}")
-    assert f"{bits:.4f} bits per byte" in result.out
+    assert result.stdout.startswith(f"finished after step {STEPS}")
+    assert f"{bits:.4f} bits per byte" in result.stdout
     assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file()}
 
 
@@ -115,17 +115,17 @@ def test_a_damaged_checkpoint_is_one_line_in_the_terminal(reference, command, tm
         path.unlink()
     result = command(workdir)
     assert result.returncode == 0
-    [line] = result.err.splitlines()
+    [line] = result.stderr.splitlines()
     reason = "params: the array embedding cannot be read"
     assert line == f"warning: checkpoint {damaged} is damaged and left out ({reason})"
-    assert f"step {STEPS - EVERY + 1}/{STEPS}" in result.out
+    assert f"step {STEPS - EVERY + 1}/{STEPS}" in result.stdout
 
 
 def test_a_changed_optimizer_is_one_line_with_the_remedy(reference, command):
     changes = {"train__steps": STEPS + 1, "train__ema_decay": None, "optimizer__name": "muon"}
     result = command(reference, **changes)
     assert result.returncode == 2
-    [line] = result.err.splitlines()
+    [line] = result.stderr.splitlines()
     assert line == (
         f"error: {reference}/checkpoints/{STEPS} is whole, but its optimizer_state holds other "
         "arrays. config.optimizer.name was adamw and is muon. Go on with "
@@ -143,7 +143,7 @@ def test_a_reader_that_leaves_costs_no_steps(start, tmp_path):
     load(tmp_path)
 
 
-def test_an_odd_corpus_no_place_for_a_cache_and_a_poor_terminal(command, tmp_path):
+def test_an_odd_corpus_no_place_for_a_cache_and_a_poor_terminal(start, tmp_path):
     """One file, loops of links that lead to it, and a run that is shorter than its warm-up."""
     corpus, workdir = tmp_path / "corpus", tmp_path / "run"
     corpus.mkdir()
@@ -151,7 +151,7 @@ def test_an_odd_corpus_no_place_for_a_cache_and_a_poor_terminal(command, tmp_pat
     for name in ("one", "two"):
         (corpus / name).symlink_to(corpus)
     (tmp_path / "cache").touch()
-    result = command(
+    process = start(
         workdir,
         data__path=f"{corpus}/**/*.txt",
         data__tokenizer="bpe",
@@ -160,23 +160,24 @@ def test_an_odd_corpus_no_place_for_a_cache_and_a_poor_terminal(command, tmp_pat
         train__sample_length=64,
         environment={"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONIOENCODING": "ascii"},
     )
-    assert result.returncode == 0, result.err
-    left_out, cache = result.err.splitlines()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    left_out, cache = err.splitlines()
     assert left_out.startswith("warning: left out of the corpus ")
     assert left_out.endswith(": 2 links to a folder that is read already")
     assert cache.startswith("warning: the tokenizer is not kept for the next run: ")
     assert f"{tmp_path / 'cache'}/unison/bpe-300-" in cache
-    warmup, cut, *_ = result.out.splitlines()
+    warmup, cut, *_ = out.splitlines()
     assert warmup == (
         "config.optimizer.warmup_steps=10 leaves nothing of config.train.steps=9; the warm-up is "
         "shortened to 2 steps"
     )
     assert cut.startswith("the corpus is one document, which is cut into ")
     assert "config.data.separator" in cut
-    assert "finished after step 9" in result.out
+    assert "finished after step 9" in out
     # A model that knows so little writes bytes that are not text.
     [row] = read_rows(workdir / SAMPLES_FILE)
-    assert not row["text"].isascii() and "\\ufffd" in result.out
+    assert not row["text"].isascii() and "\\ufffd" in out
     load(workdir)
 
 
@@ -197,7 +198,7 @@ def full_disk(tmp_path):
 def test_a_disk_that_is_full_from_the_start_is_one_line(full_disk, command):
     result = command(full_disk / "run")
     assert result.returncode == 1
-    [line] = result.err.splitlines()
+    [line] = result.stderr.splitlines()
     assert line.startswith(f"error: {full_disk}/run/")
     assert line.endswith(
         ": No space left on device; free some space there, and run the same command again."
@@ -291,7 +292,7 @@ def test_damaged_rows_are_named(experiment, reference, tmp_path):
 def test_the_command_reports_wrong_use_in_one_line(tmp_path, command, flag, message):
     result = command(tmp_path / "run", flag)
     assert result.returncode == 2
-    [line] = result.err.splitlines()
+    [line] = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
-    assert not result.out
+    assert not result.stdout
     assert not (tmp_path / "run").exists()
