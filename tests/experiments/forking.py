@@ -7,6 +7,7 @@ XLA_FLAGS count. Only what Python and JAX read when they are imported, variables
 and JAX_PLATFORMS, are those of this process.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -53,4 +54,5 @@ def become(request):
 if __name__ == "__main__":
     for name in SLOW:
         importlib.import_module(name)
+    gc.freeze()  # memory that the search for garbage touches is no longer shared with the copies
     become(asked_for())

@@ -119,6 +119,11 @@ def problems(draw, lacks=()):
     return arrays, options, dtype
 
 
+def attend(arrays, **options):
+    """`attention` as one compiled program: JAX compiles each operation that runs alone."""
+    return jax.jit(lambda arrays: attention(**arrays, **options))(arrays)
+
+
 def function(options, backend, lse=True):
     """A function of the arrays: their gradients and outputs."""
 
@@ -140,10 +145,16 @@ def cast(arrays, dtype):
     return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
 
 
-def run(arrays, options, backend, dtype, lse=True):
-    """Gradients and outputs of one backend, as float64 arrays."""
-    results = jax.jit(function(options, backend, lse))(cast(arrays, dtype))
+def run_all(problems, options, backend, dtype, lse=True):
+    """Gradients and outputs of one backend for each of some arrays alike, as float64 arrays."""
+    compiled = jax.jit(function(options, backend, lse))
+    results = [compiled(cast(arrays, dtype)) for arrays in problems]
     return jax.tree.map(lambda x: np.asarray(x, np.float64), results)
+
+
+def run(arrays, *how):
+    """Gradients and outputs of one backend, as float64 arrays."""
+    return run_all([arrays], *how)[0]
 
 
 def reference(arrays, options, lse=True):
@@ -240,7 +251,7 @@ def test_cells_that_no_query_sees_change_nothing(backend, rng):
     for name in ("k", "v"):
         garbage = rng.choice([1, -1], arrays[name].shape) * filling
         spoiled[name] = np.where(unseen[:, :, None, None], garbage, arrays[name])
-    clean, dirty = (run(x, options, backend, jnp.float32, False) for x in (arrays, spoiled))
+    clean, dirty = run_all([arrays, spoiled], options, backend, jnp.float32, False)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
     gradients, (z, *_) = dirty
     assert (gradients["k"][unseen] == 0).all()
@@ -276,7 +287,7 @@ def test_under_x64(backend, rng, dtype):
                 run(arrays, options, backend, dtype, False)
             return
         q, k, v = cast(arrays, dtype).values()
-        z = attention(q, k, v, **options, backend=backend)
+        z = attend({"q": q, "k": k, "v": v}, **options, backend=backend)
         got = run(arrays, options, backend, dtype, False)
     assert z.dtype == dtype
     tolerance = TOLERANCE["float32"] if dtype == "float32" else 1e-14  # of float64, 1e-16 each
@@ -289,7 +300,7 @@ def test_queries_wider_than_keys(backend, rng):
     arrays = small_problem(rng)
     q, k, v = (jnp.asarray(arrays[name], jnp.bfloat16) for name in ("q", "k", "v"))
     options = {"q_positions": np.arange(20, 70)[None]}
-    z = attention(q.astype(jnp.float32), k, v, **options, backend=backend)
+    z = attend({"q": q.astype(jnp.float32), "k": k, "v": v}, **options, backend=backend)
     assert z.dtype == jnp.float32
     exact = {"q": q, "k": k, "v": v}
     exact = {name: np.asarray(x, np.float64) for name, x in exact.items()}
@@ -301,15 +312,16 @@ def test_documents_packed_in_a_row_equal_documents_apart(backend, rng):
     lengths = [17, 16, 17]
     arrays = {n: x[:1] for n, x in small_problem(rng, 50, 50).items()}
     ids = np.repeat([7, 2, 9], lengths)[None]  # in no order
-    packed = attention(**cast(arrays, jnp.float32), segments=ids, backend=backend)
-    pair = attention(**cast(arrays, jnp.float32), segments=(ids, ids), backend=backend)
+    arrays = cast(arrays, jnp.float32)
+    packed = attend(arrays, segments=ids, backend=backend)
+    pair = attend(arrays, segments=(ids, ids), backend=backend)
     np.testing.assert_array_equal(packed, pair)
     ends = np.cumsum(lengths)
     for begin, end in zip(ends - lengths, ends, strict=True):
-        alone = cast({name: x[:, begin:end] for name, x in arrays.items()}, jnp.float32)
+        alone = {name: np.asarray(x)[:, begin:end] for name, x in arrays.items()}
         # The same numbers, summed in tiles that begin elsewhere.
         np.testing.assert_allclose(
-            packed[:, begin:end], attention(**alone, backend="reference"), atol=1e-5
+            np.asarray(packed)[:, begin:end], attend(alone, backend="reference"), atol=1e-5
         )
 
 
@@ -333,8 +345,8 @@ def test_a_wide_soft_cap_keeps_the_digits(backend, rng):
 def test_numbers_of_numpy_and_lists(backend, rng):
     needs(backend, "q_positions", "soft_cap", "sinks")
     arrays = cast(small_problem(rng, T=3, S=5), "float32")
-    want = attention(
-        **arrays,
+    want = attend(
+        arrays,
         window=2,
         soft_cap=3.0,
         scale=0.5,
@@ -342,8 +354,8 @@ def test_numbers_of_numpy_and_lists(backend, rng):
         q_positions=jnp.array([[2, 3, 4]]),
         backend=backend,
     )
-    got = attention(
-        **arrays,
+    got = attend(
+        arrays,
         window=np.int64(2),
         soft_cap=np.float32(3),
         scale=np.float32(0.5),
@@ -357,12 +369,12 @@ def test_numbers_of_numpy_and_lists(backend, rng):
 def test_positions_at_the_ends_of_their_types(backend, rng):
     needs(backend, "q_positions")
     arrays = cast(small_problem(rng, T=3, S=5), "float32")
-    ends = attention(**arrays, q_positions=np.full((1, 3), 2**31 - 1), backend=backend)
-    every = attention(**arrays, q_positions=np.full((1, 3), 4), backend=backend)
+    ends = attend(arrays, q_positions=np.full((1, 3), 2**31 - 1), backend=backend)
+    every = attend(arrays, q_positions=np.full((1, 3), 4), backend=backend)
     np.testing.assert_allclose(ends, every, atol=1e-6)  # the last bit may go either way
     unsigned = jnp.arange(3, dtype=jnp.uint32)[None]
-    causal = attention(**arrays, q_positions=unsigned, backend=backend)
-    signed = attention(**arrays, q_positions=unsigned.astype(jnp.int32), backend=backend)
+    causal = attend(arrays, q_positions=unsigned, backend=backend)
+    signed = attend(arrays, q_positions=unsigned.astype(jnp.int32), backend=backend)
     np.testing.assert_array_equal(causal, signed)
 
 

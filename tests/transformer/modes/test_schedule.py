@@ -190,7 +190,7 @@ def test_lists_numpy_and_their_numbers_are_taken(params, chunk):
     expected = RUN(PROGRAM, params, init_cache(CONFIG, 8), jnp.array(given), 1, chunk)
     numpy = jax.tree.map(np.asarray, params)
     options = {"start": np.int64(1), "chunk": chunk and np.int32(chunk)}
-    actual = run(PROGRAM, numpy, init_cache(CONFIG, 8), given, **options)
+    actual = jax.jit(lambda: run(PROGRAM, numpy, init_cache(CONFIG, 8), given, **options))()
     assert_close(actual, expected)
 
 
