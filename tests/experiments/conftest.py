@@ -34,7 +34,7 @@ def run_source(tmp_path_factory):
     """
     pipe, files = subprocess.PIPE, tmp_path_factory.mktemp("printed")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-W", "ignore", FORKING]
+    command = [sys.executable, FORKING]
     server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def run_source(source, *arguments, folder=ROOT, **changes):
