@@ -7,6 +7,7 @@ whose first token it is.
 """
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import json
@@ -200,10 +201,20 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         ValueError: it is damaged.
     """
     content = path.read_bytes()
-    try:
+    with refused(f"{path} is not a tokenizer file"):
         return tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # The library raises nothing narrower.
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from error
+
+
+@contextlib.contextmanager
+def refused(what: str):
+    """Makes a ValueError of whatever the library `tokenizers` raises: `what`, and the reason."""
+    try:
+        yield
+    except BaseException as error:
+        # The library panics over some damage, which is not an `Exception`; nor is an interrupt.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error}") from error
 
 
 class IncrementalDecoder:

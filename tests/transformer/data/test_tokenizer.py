@@ -188,9 +188,11 @@ def test_wrong_use_gets_a_clear_error(tmp_path):
         BPE.encode_batch(["fine", "\udcff"])
     with pytest.raises(FileNotFoundError, match=FILE_NAME):
         Tokenizer.load(tmp_path)
-    (tmp_path / FILE_NAME).write_text('{"half": ')
-    with pytest.raises(ValueError, match="is not a tokenizer file"):
-        Tokenizer.load(tmp_path)
+    panics = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["ab", "b"]]}
+    for damaged in ('{"half": ', json.dumps({"version": "1.0", "model": panics})):
+        (tmp_path / FILE_NAME).write_text(damaged)
+        with pytest.raises(ValueError, match="is not a tokenizer file"):
+            Tokenizer.load(tmp_path)
     (tmp_path / FILE_NAME).write_text(
         '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}'
     )

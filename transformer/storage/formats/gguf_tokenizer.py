@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from transformer.data.tokenizer import Tokenizer
+from transformer.data.tokenizer import Tokenizer, refused
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 
@@ -98,13 +98,13 @@ def _byte_level(tokens, merges, pre):
             f"tokenizer.ggml.pre={pre!r}: how it cuts texts is not known here; known are "
             f"{', '.join(_PRE_TOKENIZERS)}."
         )
-    backend = tokenizers.Tokenizer(
-        models.BPE(
+    with refused("tokenizer.ggml.merges do not fit the tokens"):
+        model = models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
             ignore_merges=pre in _WHOLE_WORDS,
         )
-    )
+    backend = tokenizers.Tokenizer(model)
     if pre in _COMPOSED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre])

@@ -112,6 +112,7 @@ def test_sentence_piece_gives_the_ids_of_the_library(space_prefix, text):
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model='bert' is not supported"),
         ({"tokenizer.ggml.pre": "mystery"}, "tokenizer.ggml.pre='mystery': how it cuts texts"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
+        ({"tokenizer.ggml.merges": ["Z Z"]}, "tokenizer.ggml.merges do not fit the tokens"),
     ],
 )
 def test_other_tokenizers_are_refused(change, message):
