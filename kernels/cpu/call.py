@@ -130,14 +130,13 @@ def _task(kernel, code, state):
 
 def _handler(kernel, task, api, code, frame):
     extension = code.integer(frame + _EXTENSION)
-    asked = code.variable(0)
-    with code.when(extension > 0):  # XLA asks for the version of the interface
-        asked.set(1)
+    is_asked = extension.equals(0).negated()
+    with code.when(is_asked):  # XLA asks for the version of the interface
         metadata, version = code.integer(extension + 24), code.integer(frame + _API)
         code.put_small_integer(code.small_integer(version + 32), metadata + 24)
         code.put_small_integer(code.small_integer(version + 36), metadata + 28)
-    runs = asked.get().equals(0) & code.small_integer(frame + _STAGE).equals(_EXECUTE)
-    with code.when(runs):
+    runs = code.small_integer(frame + _STAGE).equals(_EXECUTE)
+    with code.when(is_asked.negated() & runs):
         _execute(kernel, task, api, code, frame)
     return 0
 

@@ -6,7 +6,7 @@ a sum is the order in which it is written down.
 """
 
 import contextlib
-import functools
+from functools import cache, partialmethod
 
 from llvmlite import binding, ir
 
@@ -34,31 +34,6 @@ class Value:
         kind = "f" if self.is_float else ""
         return Value(self.code, getattr(b, kind + name)(self.value, other.value))
 
-    def __add__(self, other):
-        return self._do("add", other)
-
-    def __sub__(self, other):
-        return self._do("sub", other)
-
-    def __mul__(self, other):
-        return self._do("mul", other)
-
-    def __truediv__(self, other):
-        return self._do("div", other)
-
-    def __floordiv__(self, other):
-        b = self.code.builder
-        return Value(self.code, b.sdiv(self.value, self.code.constant(other, _int).value))
-
-    def __lshift__(self, other):
-        return self._do("shl", other)
-
-    def __rshift__(self, other):
-        return self._do("ashr", other)
-
-    def __mod__(self, other):
-        return self._do("srem", other)
-
     def _compare(self, sign, other):
         b = self.code.builder
         other = self.code.constant(other, self.value.type).value
@@ -66,17 +41,19 @@ class Value:
             return Value(self.code, b.fcmp_ordered(sign, self.value, other))
         return Value(self.code, b.icmp_signed(sign, self.value, other))
 
-    def __lt__(self, other):
-        return self._compare("<", other)
-
-    def __le__(self, other):
-        return self._compare("<=", other)
-
-    def __gt__(self, other):
-        return self._compare(">", other)
-
-    def __ge__(self, other):
-        return self._compare(">=", other)
+    __add__ = partialmethod(_do, "add")
+    __sub__ = partialmethod(_do, "sub")
+    __mul__ = partialmethod(_do, "mul")
+    __truediv__ = partialmethod(_do, "div")
+    __floordiv__ = partialmethod(_do, "sdiv")
+    __mod__ = partialmethod(_do, "srem")
+    __lshift__ = partialmethod(_do, "shl")
+    __rshift__ = partialmethod(_do, "ashr")
+    __and__ = partialmethod(_do, "and_")
+    __lt__ = partialmethod(_compare, "<")
+    __le__ = partialmethod(_compare, "<=")
+    __gt__ = partialmethod(_compare, ">")
+    __ge__ = partialmethod(_compare, ">=")
 
     def equals(self, other):
         """Whether both are the same number."""
@@ -85,9 +62,6 @@ class Value:
     def negated(self):
         """Whether a condition does not hold."""
         return Value(self.code, self.code.builder.not_(self.value))
-
-    def __and__(self, other):
-        return Value(self.code, self.code.builder.and_(self.value, other.value))
 
 
 class Code:
@@ -364,7 +338,7 @@ def compiled(module: ir.Module, name: str) -> int:
 _engines = []
 
 
-@functools.cache
+@cache
 def _machine():
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()

@@ -20,7 +20,7 @@ _TERMS = 32
 # Rows and vectors of columns whose sums fit the registers of any processor; a single row takes all
 # columns of the panel, which it reads in one go.
 _TILES = ((4, 2), (2, 4), (1, 8))
-_ONE_ROW = (1, COLUMNS // LANES)
+_ONE_ROW = _TILES[-1]
 
 
 def panels(w):
@@ -83,9 +83,8 @@ def _panel(frame: Frame, panel, dtype):
                     m = row.get()
                     for first in range(0, COLUMNS // LANES, vectors):
                         column = first * LANES
-                        shape = rows, min(vectors, COLUMNS // LANES - first)
                         tile(
-                            shape,
+                            (rows, vectors),
                             x.address + (m * K + k) * 4,
                             w + k * term + column * _SIZES[dtype],
                             chain + (m * N + column) * 4,
