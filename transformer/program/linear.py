@@ -54,4 +54,5 @@ def rms_norm(spec, x, epsilon: float | None = None):
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = spec.numerics.mean(jnp.square(x))
-    return x * spec.numerics.rsqrt(mean_square + (epsilon or spec.config.norm_epsilon))
+    epsilon = spec.config.norm_epsilon if epsilon is None else epsilon
+    return x * spec.numerics.rsqrt(mean_square + epsilon)
