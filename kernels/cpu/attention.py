@@ -14,7 +14,7 @@ from kernels.blocks import Blocks
 from kernels.cells import is_ring
 from kernels.cpu.call import Frame, Kernel, is_available, register
 from kernels.cpu.code import LANES, Code, Value
-from kernels.cpu.product import TYPES
+from kernels.cpu.tiles import TYPES
 from kernels.exact import attention as exact
 from kernels.exact import functions
 from kernels.exact.sums import rounded

@@ -23,6 +23,7 @@ from kernels.tracing import target
 # while its major version is 0; those of `XLA_FFI_Api` are counted in the header that is there.
 _EXTENSION, _API, _CONTEXT, _STAGE, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 8, 16, 24, 32, 72, 112, 160
 _EXECUTE = 3
+_LINE = 64  # bytes of a cache line
 _FUNCTIONS = 48  # where the functions of `XLA_FFI_Api` begin
 _NEXT, _DONE, _PARTS, _USERS, _FRAME, _STATE_SIZE = 0, 8, 16, 24, 32, 40
 
@@ -40,10 +41,10 @@ class Buffer(NamedTuple):
 
 
 class Frame:
-    """What a call of a kernel was given."""
+    """What a call of a kernel was given, and the room of the thread that runs a part."""
 
-    def __init__(self, code: Code, frame: Value):
-        self.code, self.frame = code, frame
+    def __init__(self, code: Code, frame: Value, room: Value | None = None):
+        self.code, self.frame, self.room = code, frame, room
 
     def operand(self, n: int) -> Buffer:
         """Operand n."""
@@ -71,11 +72,13 @@ class Kernel(NamedTuple):
     name: of the operation.
     parts: `parts(frame) -> how many parts there are`.
     run: `run(frame, part)` writes the code of one part; parts may run in any order, or at once.
+    room: `room(frame) -> bytes` of memory that a thread has for itself, or None.
     """
 
     name: str
     parts: Callable
     run: Callable
+    room: Callable | None = None
 
 
 @functools.cache
@@ -119,10 +122,18 @@ def _task(kernel, code, state):
     """Takes parts until none is left; whoever is last to go frees the state."""
     parts = code.integer(state + _PARTS)
     part = code.variable(code.add_atomically(state + _NEXT, 1))
+    room = code.variable(0)
+    with code.when(part.get() < parts):  # a late one finds no frame any more
+        if kernel.room is not None:
+            frame = Frame(code, code.integer(state + _FRAME))
+            room.set(code.call("malloc", kernel.room(frame) + _LINE))
     with code.repeat(lambda: part.get() < parts):
-        kernel.run(Frame(code, code.integer(state + _FRAME)), part.get())
+        aligned = (room.get() + (_LINE - 1)) & -_LINE
+        kernel.run(Frame(code, code.integer(state + _FRAME), aligned), part.get())
         code.add_atomically(state + _DONE, 1)
         part.set(code.add_atomically(state + _NEXT, 1))
+    if kernel.room is not None:
+        code.call("free", room.get())
     with code.when(code.add_atomically(state + _USERS, -1).equals(1)):
         code.call("free", state)
     return 0

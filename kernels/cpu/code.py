@@ -10,7 +10,7 @@ from functools import cache, partialmethod
 
 from llvmlite import binding, ir
 
-LANES = 8  # floats of a vector; a wider or narrower machine takes two or a half of its own
+LANES = 8  # floats of a vector, unless said otherwise; a narrower machine takes two of its own
 
 _int, _byte = ir.IntType(64), ir.IntType(8)
 _float = ir.FloatType()
@@ -102,9 +102,9 @@ class Code:
         """The number at an address, as a float."""
         return self._widened(address, dtype, 1)
 
-    def vector(self, address, dtype="float32") -> Value:
-        """`LANES` numbers that lie at an address one after the other, as floats."""
-        return self._widened(address, dtype, LANES)
+    def vector(self, address, dtype="float32", lanes=LANES) -> Value:
+        """So many numbers that lie at an address one after the other, as floats."""
+        return self._widened(address, dtype, lanes)
 
     def put(self, x, address):
         """Stores a float or a vector of floats."""
@@ -119,12 +119,12 @@ class Code:
         flags = [ir.Constant(flag, x) for x in (0, 3, 1)]  # to read, keep near, data
         self.builder.call(function, [here, *flags])
 
-    def splat(self, x: Value) -> Value:
+    def splat(self, x: Value, lanes=LANES) -> Value:
         """A vector of one number."""
-        b, vector = self.builder, ir.VectorType(x.value.type, LANES)
+        b, vector = self.builder, ir.VectorType(x.value.type, lanes)
         undefined = ir.Constant(vector, ir.Undefined)
         first = b.insert_element(undefined, x.value, ir.Constant(_lane, 0))
-        zeros = ir.Constant(ir.VectorType(_lane, LANES), [0] * LANES)
+        zeros = ir.Constant(ir.VectorType(_lane, lanes), [0] * lanes)
         return Value(self, b.shuffle_vector(first, undefined, zeros))
 
     def lane(self, x: Value, n: int) -> Value:
@@ -133,11 +133,12 @@ class Code:
 
     def transposed(self, rows: list[Value]) -> list[Value]:
         """As many vectors as they have lanes, as the columns of what they are the rows of."""
-        rows, distance = list(rows), len(rows) // 2
+        rows, lanes = list(rows), len(rows)
+        distance = lanes // 2
         while distance:
-            low = [n if not n & distance else n - distance + LANES for n in range(LANES)]
-            high = [n + distance if not n & distance else n + LANES for n in range(LANES)]
-            for n in range(LANES):
+            low = [n if not n & distance else n - distance + lanes for n in range(lanes)]
+            high = [n + distance if not n & distance else n + lanes for n in range(lanes)]
+            for n in range(lanes):
                 if not n & distance:
                     pair = rows[n], rows[n + distance]
                     rows[n], rows[n + distance] = (self._mixed(*pair, x) for x in (low, high))
@@ -247,7 +248,7 @@ class Code:
         return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
 
     def _mixed(self, x, y, lanes):
-        lanes = ir.Constant(ir.VectorType(_lane, LANES), lanes)
+        lanes = ir.Constant(ir.VectorType(_lane, len(lanes)), lanes)
         return Value(self, self.builder.shuffle_vector(x.value, y.value, lanes))
 
     def _widened(self, address, dtype, lanes):
@@ -311,6 +312,11 @@ def function(module: ir.Module, name: str, write) -> ir.Function:
     result = write(code, Value(code, made.args[0]))
     builder.ret(code.constant(result).value)
     return made
+
+
+def widest() -> int:
+    """The floats of a vector that one instruction takes on this processor, and `LANES` at least."""
+    return 16 if binding.get_host_cpu_features().get("avx512f") else LANES
 
 
 def has_fma() -> bool:

@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.cpu import code as words
 from kernels.cpu.call import Frame, Kernel, register
-from kernels.cpu.code import LANES
+from kernels.cpu.tiles import COLUMNS, LANES, TYPES, tile
 
-COLUMNS = 64  # of a panel
-TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of floats, in bytes
 _SIZES = TYPES | {"int8": 1}
 _TERMS = 32
 # Rows and vectors of columns whose sums fit the registers of any processor; a single row takes all
 # columns of the panel, which it reads in one go.
-_TILES = ((4, 2), (2, 4), (1, 8))
+_TILES = ((6, 4), (4, 4), (2, 4), (1, 4)) if LANES > words.LANES else ((4, 2), (2, 4), (1, 8))
 _ONE_ROW = _TILES[-1]
 
 
@@ -69,12 +68,13 @@ def _panel(frame: Frame, panel, dtype):
     block, here = frame.attribute(0), panel * (4 * COLUMNS)
     total, chain = (frame.result(n).address + here for n in range(2))
     w = w.address + panel * K * term
-    tile = functools.partial(_tile, code, dtype, K, N)
+    several = functools.partial(tile, code, step=N * 4, dtype=dtype)
     with code.loop(0, K, block) as begin:
         end = code.smaller(begin + block, K)
-        _each(code, M, N, lambda n, at: code.put(code.splat(code.number(0.0)), chain + at))
+        _each(code, M, N, lambda n, at: code.put(code.splat(code.number(0.0), LANES), chain + at))
         with code.when(M.equals(1)):
-            tile(_ONE_ROW, x.address + begin * 4, w + begin * term, chain, end - begin, None)
+            row = x.address + begin * 4, K * 4, 4
+            several(_ONE_ROW, row, w + begin * term, end - begin, chain)
         with code.when(M > 1), code.loop(begin, end, _TERMS) as k:
             terms, ahead = code.smaller(end - k, _TERMS), w + (k + _TERMS) * term
             row = code.variable(0)
@@ -83,24 +83,28 @@ def _panel(frame: Frame, panel, dtype):
                     m = row.get()
                     for first in range(0, COLUMNS // LANES, vectors):
                         column = first * LANES
-                        tile(
+                        several(
                             (rows, vectors),
-                            x.address + (m * K + k) * 4,
+                            (x.address + (m * K + k) * 4, K * 4, 4),
                             w + k * term + column * _SIZES[dtype],
-                            chain + (m * N + column) * 4,
                             terms,
-                            ahead + terms * (column * _SIZES[dtype]),
+                            chain + (m * N + column) * 4,
+                            ahead=ahead + terms * (column * _SIZES[dtype]),
                         )
                     row.set(m + rows)
-        sums = lambda n, at: code.vector(chain + at)
+        sums = lambda n, at: code.vector(chain + at, lanes=LANES)
         if dtype == "int8":
             scale = frame.operand(2)
             scale = scale.address + (panel * scale.size(1) + begin // block) * (4 * COLUMNS)
-            sums = lambda n, at: code.vector(chain + at) * code.vector(scale + 4 * n)
+            sums = lambda n, at: (
+                code.vector(chain + at, lanes=LANES) * code.vector(scale + 4 * n, lanes=LANES)
+            )
         with code.when(begin.equals(0)):
             _each(code, M, N, lambda n, at: code.put(sums(n, at), total + at))
         with code.when(begin > 0):
-            add = lambda n, at: code.put(code.vector(total + at) + sums(n, at), total + at)
+            add = lambda n, at: code.put(
+                code.vector(total + at, lanes=LANES) + sums(n, at), total + at
+            )
             _each(code, M, N, add)
 
 
@@ -109,25 +113,3 @@ def _each(code, M, N, write):
     with code.loop(0, M) as m:
         for n in range(0, COLUMNS, LANES):
             write(n, m * N * 4 + n * 4)
-
-
-def _tile(code, dtype, K, N, shape, x, w, sums, terms, ahead):
-    """Continues the chains of some rows and columns by so many terms."""
-    rows, vectors = shape
-    places = [[sums + N * (4 * m) + 4 * LANES * v for v in range(vectors)] for m in range(rows)]
-    held = [[code.variable(code.vector(at)) for at in row] for row in places]
-    size = _SIZES[dtype]
-    with code.loop(0, terms) as k:
-        here = w + k * (COLUMNS * size)
-        if ahead is not None:  # each column's turn asks for its share of the terms to come
-            lines = -(-vectors * LANES * size // 64)
-            for n in range(lines):
-                code.prefetch(ahead + (k * lines + n) * 64)
-        ws = [code.vector(here + v * LANES * size, dtype) for v in range(vectors)]
-        for m in range(rows):
-            one = code.splat(code.float(x + (K * m + k) * 4))
-            for v in range(vectors):
-                held[m][v].set(code.fma(one, ws[v], held[m][v].get()))
-    for variables, row in zip(held, places, strict=True):
-        for variable, at in zip(variables, row, strict=True):
-            code.put(variable.get(), at)

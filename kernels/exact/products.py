@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels.backends import choice
+from kernels.cpu.matmul import matmul
+from kernels.cpu.tiles import TYPES
+from kernels.dot import has_kernel
 from kernels.exact.order import COLUMNS, ROWS, few_rows, order
 from kernels.exact.sums import rounded
 
@@ -18,6 +21,8 @@ def product(x, w):
     Narrow types are multiplied and summed in float32, which the result is in.
     """
     y = choice.product(x, w)
+    if y is None:
+        y = _by_kernel(x, w, "rows")
     if y is not None:
         return y
     x, w = _widened(x, w)
@@ -37,6 +42,8 @@ def product(x, w):
 def product_by_output(x, w):
     """`product` with a matrix that is stored as [N, K], of which few rows need no filling up."""
     y = choice.product(x, w.T)
+    if y is None:
+        y = _by_kernel(x, w, "columns")
     if y is not None:
         return y
     x, w = _widened(x, w)
@@ -49,6 +56,15 @@ def product_by_output(x, w):
     return rounded(x @ w.T)[:M, :N]
 
 
+def _by_kernel(x, w, layout):
+    """The product by the kernel of a CPU, where there is one and the order is one that it has."""
+    K, N = w.shape if layout == "rows" else w.shape[::-1]
+    if not has_kernel() or w.dtype.name not in TYPES:
+        return None
+    block = order(K, N + -N % COLUMNS, jnp.float32).block
+    return matmul(x.astype(jnp.float32), w, block, layout) if block else None
+
+
 def filled(w, axis):
     """w with zeros behind, so that along an axis it has as many columns as products take."""
     short = -w.shape[axis] % COLUMNS
@@ -59,7 +75,7 @@ def filled(w, axis):
 
 def _widened(*arrays):
     wide = jnp.promote_types(arrays[0].dtype, jnp.float32)
-    return [x.astype(wide) for x in arrays]
+    return [rounded(x.astype(wide)) for x in arrays]
 
 
 def _one_row(x, w, block):

@@ -9,14 +9,16 @@ from flax import struct
 
 from kernels.cpu import call
 from kernels.cpu import product as few_rows
+from kernels.cpu.matmul import matmul
+from kernels.dot import dot
 from kernels.exact.order import order
-from kernels.exact.products import product, product_by_output
+from kernels.exact.products import product_by_output
 from transformer.numerics.matrix import Matrix, is_matrix, row
 from transformer.numerics.products import define, exact_run
 from transformer.numerics.quantised import is_quantised
 
 _BLOCK = 512  # terms that fast products sum in one chain
-_FEW_ROWS = 64  # more take the library's product, for which the matrix is put together again
+_FEW_ROWS = 64  # so many read a panel once; more have it copied into the nearest cache
 
 
 @struct.dataclass
@@ -116,12 +118,16 @@ def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _run_packed(x, w, *scales, block, exact):
     """x [M, K], w [P, K, 64], scales [P, K / block, 64] if it is int8 -> [[M, 64 P]]."""
-    many = len(x) > _FEW_ROWS
-    few = lambda x, w: few_rows.product(x.astype(jnp.float32), w, block, *scales)
-    if exact:
-        return exact_run(lambda x, w: product(x, _matrix(w)) if many else few(x, w), x, w)
-    y = x @ _matrix(w, *scales).astype(x.dtype) if many else few(x, w)
-    return [y.astype(x.dtype)]
+
+    def run(x, w):
+        wide = x.astype(jnp.float32)
+        if len(x) <= _FEW_ROWS:
+            return few_rows.product(wide, w, block, *scales)
+        if not scales:
+            return matmul(wide, w, block, "panels")
+        return dot(x, _matrix(w, *scales).astype(x.dtype))
+
+    return exact_run(run, x, w) if exact else [run(x, w).astype(x.dtype)]
 
 
 def _matrix(panels, scales=None):
@@ -142,8 +148,8 @@ def _jvp_by_output(fun, primals, moving, tangents):
     del fun
     x, w = primals
     of = dict(zip(moving, tangents, strict=True))
-    terms = [of[0] @ w.T] if 0 in of else []
-    terms += [x @ of[1].T] if 1 in of else []
+    terms = [dot(of[0], w, by_output=True)] if 0 in of else []
+    terms += [dot(x, of[1], by_output=True)] if 1 in of else []
     return dot_by_output_p.bind(x, w), [sum(terms[1:], terms[0])]
 
 

@@ -14,7 +14,7 @@ from kernels.exact import functions, sums
 from transformer.numerics import log_softmax
 from transformer.numerics.layouts import dot_by_output
 from transformer.numerics.matrix import is_matrix
-from transformer.numerics.products import exact_dot, exact_ragged_dot
+from transformer.numerics.products import exact_dot, exact_ragged_dot, fast_dot
 
 NAMES = ("fast", "exact")
 
@@ -48,15 +48,14 @@ class Numerics:
         if is_matrix(w):
             return w.dot(x, self.exact)
         w = self.rounded(w.astype(x.dtype)) if w.dtype != x.dtype else w
-        return exact_dot(x, w) if self.exact else x @ w
+        return exact_dot(x, w) if self.exact else fast_dot(x, w)
 
     def dot_table(self, x, table):
         """x [E] times the transpose of a table [V, E] -> [V], in the type of x."""
         if is_matrix(table):
             return table.T.dot(x, self.exact)
-        if self.exact:
-            return dot_by_output(x, self.rounded(table.astype(x.dtype)))
-        return self.dot(x, table.T)  # width first: vmap then needs no transpose
+        table = self.rounded(table.astype(x.dtype)) if table.dtype != x.dtype else table
+        return dot_by_output(x, table) if self.exact else fast_dot(x, table, by_output=True)
 
     def ragged_dot(self, x, w, sizes):
         """Rows [M, K] sorted by group, times the matrix of each, w [X, K, N]; sizes [X]."""

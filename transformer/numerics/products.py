@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from kernels.dot import dot, has_kernel
 from kernels.exact.products import grouped, product
 from kernels.exact.sums import rounded
 from kernels.tracing import primitive
@@ -45,6 +46,13 @@ def define(name: str, run: Callable, jvp: Callable | None = None) -> core.Primit
     return made
 
 
+def fast_dot(x, w, by_output=False):
+    """x [K] @ w [K, N] -> [N], with w [N, K] if `by_output`."""
+    if has_kernel():
+        return dot(x[None], w, by_output=by_output)[0]
+    return x @ (w.T if by_output else w)  # width first: vmap then needs no transpose
+
+
 def exact_dot(x, w):
     """x [K] @ w [K, N] -> [N]; narrow types are multiplied and summed in float32.
 
@@ -56,6 +64,8 @@ def exact_dot(x, w):
 
 def exact_run(product, x, *w):
     """`product(x, *w)` of x [M, K], rounded to the type of x."""
+    if x.dtype.itemsize >= 4:
+        return [product(x, *w)]
     return [rounded(product(rounded(x), *w).astype(x.dtype))]
 
 
@@ -69,8 +79,8 @@ def _jvp(fun, primals, moving, tangents):
     del fun
     x, w = primals
     of = dict(zip(moving, tangents, strict=True))
-    terms = [of[0] @ w] if 0 in of else []
-    terms += [x @ of[1]] if 1 in of else []
+    terms = [dot(of[0], w)] if 0 in of else []
+    terms += [dot(x, of[1])] if 1 in of else []
     return exact_dot_p.bind(x, w), [sum(terms[1:], terms[0])]
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from kernels.dot import dot_p
 from kernels.tracing.linear import linear_call_p
 from transformer.memory.instruction import POSITIONS, Operands, read_p, write_read_p
 from transformer.numerics.layouts import dot_by_output_p, dot_packed_p
@@ -21,7 +22,15 @@ from transformer.program.experts import experts_p
 
 INSTRUCTIONS = {write_read_p, read_p}
 # Other primitives of ours; they compute each token by itself, as tests of theirs show.
-OURS = {dot_by_output_p, dot_packed_p, exact_dot_p, experts_p, linear_call_p, quantised_dot_p}
+OURS = {
+    dot_by_output_p,
+    dot_p,
+    dot_packed_p,
+    exact_dot_p,
+    experts_p,
+    linear_call_p,
+    quantised_dot_p,
+}
 
 
 class Hidden:

@@ -1,0 +1,89 @@
+"""Products of many rows: each sum has the order of `kernels.cpu.product`, at the speed of sums.
+
+A part is 64 columns of some rows. So many terms of these columns as the nearest cache holds are
+copied one after the other, in whatever order the matrix lies, and all rows take them before the
+next.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.cpu.call import Frame, Kernel, register
+from kernels.cpu.tiles import (
+    COLUMNS,
+    ROW,
+    TERMS,
+    TYPES,
+    add,
+    clear,
+    copy_columns,
+    copy_rows,
+    multiply,
+)
+
+_ROWS, _FEWEST_ROWS = 512, 96  # of a part, at most, and at least where there would be too few parts
+_PARTS = 8  # for each processor, so that none waits long for the others
+
+
+def matmul(x, w, block: int, layout="rows", turned=False):
+    """x [M, K] @ w [K, N] -> [M, N], in float32.
+
+    Args:
+      x: float32; [K, M] if `turned`.
+      w: of one of `TYPES`, as [K, N]; in the layout "columns" as [N, K], in "panels" as
+        `kernels.cpu.product.panels` has it.
+      block: terms of a chain, as in `kernels.cpu.product.product`.
+    """
+    M = x.shape[1 if turned else 0]
+    N = {"rows": w.shape[-1], "columns": len(w), "panels": len(w) * COLUMNS}[layout]
+    if 0 in (M, N, x.size):
+        return jnp.zeros((M, N), jnp.float32)
+    wanted = -(-_PARTS * (os.cpu_count() or 1) // -(-N // COLUMNS))
+    groups = max(-(-M // _ROWS), min(wanted, -(-M // _FEWEST_ROWS)))
+    kernel = register(_kernel(w.dtype.name, layout, turned))
+    call = jax.ffi.ffi_call(kernel, jax.ShapeDtypeStruct((M, N), jnp.float32))
+    return call(x, w, block=np.int64(block), rows=np.int64(-(-M // groups)))
+
+
+@functools.cache
+def _kernel(dtype, layout, turned):
+    def parts(frame):
+        y, rows = frame.result(0), frame.attribute(1)
+        up = lambda a, b: (a + (b - 1)) // b
+        return up(y.size(0), rows) * up(y.size(1), COLUMNS)
+
+    room = lambda frame: (frame.attribute(1) + TERMS) * ROW
+    run = functools.partial(_part, dtype=dtype, layout=layout, turned=turned)
+    name = f"unison_matmul_{dtype}_{layout}" + "_turned" * turned
+    return Kernel(name, parts, run, room)
+
+
+def _part(frame: Frame, part, dtype, layout, turned):
+    code = frame.code
+    x, w, y = frame.operand(0), frame.operand(1), frame.result(0)
+    block, rows = frame.attribute(0), frame.attribute(1)
+    M, N, K = y.size(0), y.size(1), x.size(0 if turned else 1)
+    panels = (N + (COLUMNS - 1)) // COLUMNS
+    column, row = part % panels * COLUMNS, part // panels * rows
+    columns, count = N - column, code.smaller(M - row, rows)
+    panel, chains = frame.room, frame.room + TERMS * ROW
+    steps = row_step, term_step = (4, M * 4) if turned else (K * 4, 4)
+    x, y = x.address + row * row_step, y.address + (row * N + column) * 4
+    item = TYPES[dtype]
+    copy, begin_of, w_step, w_term = {
+        "rows": (copy_rows, column * item, N * item, N * item),
+        "columns": (copy_columns, column * K * item, K * item, item),
+        "panels": (copy_rows, column * K * item, COLUMNS * item, COLUMNS * item),
+    }[layout]
+    with code.loop(0, K, block) as begin:
+        end = code.smaller(begin + block, K)
+        clear(code, chains, count)
+        with code.loop(begin, end, TERMS) as k:
+            terms = code.smaller(end - k, TERMS)
+            copy(code, w.address + begin_of + k * w_term, w_step, dtype, terms, columns, panel)
+            multiply(code, x + k * term_step, steps, count, panel, terms, chains)
+        add(code, chains, y, N * 4, count, columns, begin.equals(0))
