@@ -97,6 +97,39 @@ def split_queries(read: Callable, size: int) -> Callable:
     return split
 
 
+def split_heads(rows: Callable, num_tokens: int, num_heads: int) -> Callable:
+    """Has each device of the mesh run `rows` of a memory for its own heads, which do not meet.
+
+    Tokens are exchanged for heads, and back (DeepSpeed-Ulysses, arXiv:2309.14509). Left to itself,
+    XLA moves what the gradient computes again, in each turn of its loop.
+
+    Args:
+      rows: takes a block [B, N, ...], positions [B, T], and cells and queries [B, T, N, ...]; it
+        returns a block and what is read [B, T, N, ...].
+    """
+    tokens = split_over(num_tokens, "tokens")
+    if not tokens:
+        return rows
+    heads = split_over(num_heads, "heads", "tokens") or split_over(num_heads, "heads")
+    of_block, own = PartitionSpec(None, heads or None), PartitionSpec(None, None, heads or None)
+    any_way = PartitionSpec.UNCONSTRAINED
+    by_token = lambda x: PartitionSpec(any_way, tokens, *[any_way] * (x.ndim - 2))
+    stay = lambda x: jax.lax.with_sharding_constraint(x, by_token(x))
+    split = jax.shard_map(
+        rows,
+        in_specs=(of_block, PartitionSpec(), own, own),
+        out_specs=(of_block, own),
+        axis_names={*heads, *tokens},
+        check_vma=False,
+    )
+
+    def exchanged(block, i, cells, queries):
+        block, z = split(block, i, *jax.tree.map(stay, (cells, queries)))
+        return block, jax.tree.map(stay, z)
+
+    return exchanged
+
+
 def over_sequences(function: Callable, size: int, num_shared: int) -> Callable:
     """`over_parts` for `size` sequences that are generated.
 
@@ -108,19 +141,13 @@ def over_sequences(function: Callable, size: int, num_shared: int) -> Callable:
     return over_parts(function, num_shared, sequences=size)
 
 
-def gather_tokens(x: jax.Array, heads: bool = False) -> jax.Array:
-    """Has devices that hold different tokens of x [B, T, ...] hold all of them.
-
-    With `heads`, for x [B, T, N, ...], each holds some heads instead, where their number divides:
-    tokens are exchanged for heads (DeepSpeed-Ulysses, arXiv:2309.14509).
-    """
+def gather_tokens(x: jax.Array) -> jax.Array:
+    """Has devices that hold different tokens of x [B, T, ...] hold all of them."""
     if not split_over(x.shape[1], "tokens"):
         return x
     any_way = PartitionSpec.UNCONSTRAINED
-    spec = [any_way, None, *[any_way] * (x.ndim - 2)]
-    if heads:
-        spec[2] = split_over(x.shape[2], "heads", "tokens") or any_way
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    spec = PartitionSpec(any_way, None, *[any_way] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _split(function, num_shared, names):

@@ -18,6 +18,7 @@ from transformer.axes import (
     constrain,
     gather_tokens,
     partition,
+    split_heads,
     split_over,
     split_queries,
 )
@@ -56,14 +57,31 @@ def test_what_does_not_divide_is_not_split():
 
 
 def test_tokens_are_gathered_where_they_are_split():
-    def text(*shape, **how):
-        x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return str(jax.make_jaxpr(lambda x: gather_tokens(x, **how))(x))
+    def text(*shape):
+        return str(jax.make_jaxpr(gather_tokens)(jax.ShapeDtypeStruct(shape, jnp.float32)))
 
     with abstract(1, 1, 2, 2):
         assert "UNCONSTRAINED, None, UNCONSTRAINED" in text(3, 4, 5)
-        assert "None, ('tensor', 'context')" in text(3, 4, 8, 5, heads=True)
         assert "sharding_constraint" not in text(3, 5, 8)  # there is no half of 5 tokens
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "own"),
+    [(4, 8, 2), (4, 6, 3), (4, 3, 3), (5, 8, 8)],  # by two axes, by one, by none
+)
+def test_tokens_are_exchanged_for_heads(T, N, own):
+    seen = []
+
+    def rows(block, i, cells, queries):
+        seen.append((block.shape, i.shape, cells.shape, queries.shape))
+        return block, queries
+
+    shapes = (3, N, 7), (3, T), (3, T, N), (3, T, N, 5)
+    with abstract(1, 1, 2, 2):
+        split = split_heads(rows, T, N)
+        _, z = jax.eval_shape(split, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    assert z.shape == (3, T, N, 5)
+    assert set(seen) == {((3, own, 7), (3, T), (3, T, own), (3, T, own, 5))}
 
 
 def test_devices_read_for_the_queries_of_their_tokens():

@@ -143,14 +143,17 @@ class Window(Memory):
         block, z = self.rows(one(block), i[None], one(cells), one(queries), shared)
         return jax.tree.map(lambda x: x[0], (block, z))
 
+    def gather(self, cells, queries):
+        """Nothing: a token sees no others than its neighbours."""
+        return cells, queries
+
     def rows(self, block, i, cells, queries, shared):
         """Reads from the ring in order and the chunk behind it, shifted `size` times."""
         cells = jax.tree.map(lambda x, like: x.astype(like.dtype), cells, block)
 
         def row(i, queries, block, cells):
             def windows(before, new):
-                row = jnp.concatenate([before[1:], new])
-                return jnp.stack([row[n : n + len(new)] for n in range(self.size)], axis=1)
+                return jnp.stack([_later(before, new, n) for n in range(self.size)[::-1]], axis=1)
 
             seen = jax.tree.map(windows, self._in_order(block, i[0]), cells)
             return jax.vmap(lambda *token: self._read(*token, shared))(i, queries, seen)
@@ -188,6 +191,19 @@ class Window(Memory):
         places = jnp.arange(self.size - 1, -1, -1, dtype=jnp.int32)
         visible = jnp.maximum(i, 0) - places >= 0  # padding sees its own cell, as in Cells
         return where(i >= 0, self.read(query, cells, visible, shared), 0)
+
+
+def _later(before, new, n):
+    """The `before` and `new` tokens, as many as the new ones, `n` places later than those.
+
+    Written so that tokens on several devices need their neighbours' only.
+    """
+    length, rest = len(new), [(0, 0, 0)] * (new.ndim - 1)
+    moved = jax.lax.pad(new, new.dtype.type(0), [(n, -n, 0), *rest])
+    first = before[len(before) - n :][:length]
+    first = jax.lax.pad(first, new.dtype.type(0), [(0, length - len(first), 0), *rest])
+    is_first = (jnp.arange(length) < n).reshape(-1, *[1] * (new.ndim - 1))
+    return jnp.where(is_first, first, moved)
 
 
 def one_token(token, blocks: Blocks, i, queries):

@@ -1,13 +1,12 @@
 """The gated delta rule: a state that forgets, and corrects what it holds under a key."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from kernels import delta_rule
-from transformer.axes import gather_tokens
+from transformer.axes import split_heads
 from transformer.memory.memory import Memory, over_rows
 
 
@@ -49,8 +48,8 @@ class DeltaRule(Memory):
         return delta_rule.chunk(block, i, queries, *cells)
 
     def gather(self, cells, queries):
-        """All tokens of some heads: a head's tokens follow one another, and heads do not meet."""
-        return jax.tree.map(partial(gather_tokens, heads=True), (cells, queries))
+        """Nothing: a head's tokens follow one another, and come together in `rows`."""
+        return cells, queries
 
     def depth(self, length):
         """Pieces follow each other, or tokens where they are exact."""
@@ -58,6 +57,11 @@ class DeltaRule(Memory):
             return length
         return -(-length // delta_rule.CHUNK)
 
+    def rows(self, block, i, cells, queries, shared):
+        """`chunk` for B sequences, on each device for its own heads."""
+        heads = lambda *operands: over_rows(self.chunk, *operands, shared)
+        return split_heads(heads, *queries.shape[1:3])(block, i, cells, queries)
+
     def documents(self, capacity, block, i, cells, queries, shared):
         """As `rows`: a state begins again at position 0."""
-        return over_rows(self.chunk, block, i, cells, queries, shared)
+        return self.rows(block, i, cells, queries, shared)

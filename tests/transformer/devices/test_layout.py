@@ -206,6 +206,15 @@ def test_the_context_axis_gathers_keys_and_values(results):
     assert result["moved"]["all-to-all"] <= result["activation"] // 2
 
 
+@pytest.mark.thorough
+def test_the_context_axis_exchanges_tokens_for_heads_of_the_delta_rule(results):
+    """And of its convolution a device has neighbours; latent attention gathers keys and values."""
+    result = results["kinds"]["context=2"]
+    assert result["moved"]["all-to-all"] < result["activation"]
+    assert result["moved"]["collective-permute"] < result["activation"]
+    assert result["moved"]["all-gather"] <= 2 * result["activation"]
+
+
 def test_rows_split_over_devices_have_the_same_bits_in_exact_numerics(results):
     assert not results["exact differs"]
 
