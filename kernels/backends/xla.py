@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kernels.blocks import Blocks
 from kernels.cells import consecutive, in_order, is_ring, ring_positions, write_one
 from kernels.cpu import attention as on_cpu
+from kernels.cpu import many_queries
 from kernels.exact import attention as exact
 from kernels.int8 import floats, is_int8
 from kernels.operands import Shared, Where
@@ -106,6 +107,8 @@ def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
 
 def _forward(q, blocks, where, shared, options):
     """`attend` on blocks as they lie, without a gradient: tile by tile, so no copy is made."""
+    if many_queries.can_attend(q, blocks, where, shared, options):
+        return many_queries.attend(q, blocks, where, shared, options)
     if options.exact:
         if any(map(is_int8, blocks.arrays)):
             blocks = Blocks(floats(blocks.take(), q.dtype), batched=True)

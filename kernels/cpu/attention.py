@@ -13,16 +13,15 @@ import numpy as np
 from kernels.blocks import Blocks
 from kernels.cells import is_ring
 from kernels.cpu.call import Frame, Kernel, is_available, register
-from kernels.cpu.code import LANES, Code, Value
+from kernels.cpu.code import LANES, Code
+from kernels.cpu.softmax import TILE, exp, weights
 from kernels.cpu.tiles import TYPES
 from kernels.exact import attention as exact
-from kernels.exact import functions
 from kernels.exact.sums import rounded
 from kernels.operands import Shared
 from kernels.options import Options
 from kernels.tracing.partition import split_by_rows_and_heads
 
-TILE = exact.TILE
 _VECTORS = (8, 4, 2, 1)  # of a value's numbers, whose sums stay in registers
 _LOWEST = -3.4e38
 
@@ -111,11 +110,11 @@ def _head(frame: Frame, part, key_type, value_type):
             code.put(code.splat(zero), read + h * 4)
         with code.loop(origin, stop, TILE) as tile:
             begin, end = code.larger(tile, first), code.smaller(tile + TILE, stop)
-            _weights(code, at(tile), begin - tile, end - tile, peak.get(), whole)
+            weights(code, at(tile), begin - tile, end - tile, peak.get(), whole)
             _mix(code, where, values, Hv, value_type, begin, end, at, read)
         with code.when(first < stop):
             with code.when(sinks.size(0) > 0):
-                whole.set(whole.get() + _exp(code, code.float(sink) - peak.get()))
+                whole.set(whole.get() + exp(code, code.float(sink) - peak.get()))
             share = code.splat(code.number(1.0) / whole.get())
             with code.loop(0, Hv, LANES) as h:
                 code.put(code.vector(read + h * 4) * share, read + h * 4)
@@ -168,23 +167,6 @@ def _scores(code: Code, query, keys, H, dtype, begin, end, held, at, peak):
         peak.set(code.larger(peak.get(), total.get()))
 
 
-def _weights(code, tile, begin, end, peak, whole):
-    """Makes scores of a tile weights, zero where nothing is seen, and adds up what they are."""
-    zero = code.number(0.0)
-    with code.loop(0, begin) as n:
-        code.put(zero, tile + n * 4)
-    with code.loop(end, TILE) as n:
-        code.put(zero, tile + n * 4)
-    peaks, begins, ends = map(code.splat, (peak, code.narrow(begin), code.narrow(end)))
-    with code.loop(begin // LANES * LANES, end, LANES) as n:
-        places = code.counted(n)
-        weight = _exp(code, code.vector(tile + n * 4) - peaks)
-        seen = (places >= begins) & (places < ends)
-        code.put(code.select(seen, weight, code.splat(zero)), tile + n * 4)
-    total = _in_pairs([code.vector(tile + 4 * n) for n in range(0, TILE, LANES)])
-    whole.set(whole.get() + _in_pairs([code.lane(total, n) for n in range(LANES)]))
-
-
 def _mix(code, where, values, Hv, dtype, begin, end, at, read):
     """Adds a tile's values, weighted; each number of it is one chain over the cells."""
     size = TYPES[dtype]
@@ -204,25 +186,3 @@ def _mix(code, where, values, Hv, dtype, begin, end, at, read):
                 place = read + (h + n * LANES) * 4
                 code.put(code.vector(place) + total.get(), place)
             done.set(h + vectors * LANES)
-
-
-def _exp(code: Code, x: Value) -> Value:
-    """`kernels.exact.functions.exp` of numbers up to 0."""
-    n = code.nearest(code.larger(x, -88.0) * functions.LOG2_E)
-    r = x - n * functions.LOG_2[0] - n * functions.LOG_2[1]
-    first, second, *others = functions.EXP
-    p = r * first + second
-    for c in others:
-        p = p * r + c
-    y = p * (r * r) + r + 1.0
-    n = code.whole(n)
-    half = n >> 1
-    y = y * code.float_of_bits((half + 127) << 23) * code.float_of_bits((n - half + 127) << 23)
-    y = code.select(x < -87.3, code.constant(0.0, y.value.type), y)
-    return code.select(x.equals(x), y, x)  # nan
-
-
-def _in_pairs(terms):
-    while len(terms) > 1:
-        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-    return terms[0]

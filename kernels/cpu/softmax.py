@@ -1,0 +1,47 @@
+"""The softmax of a query's scores on a CPU, in the order of `kernels.exact.attention`."""
+
+from kernels.cpu.code import LANES, Code, Value
+from kernels.exact import attention as exact
+from kernels.exact import functions
+
+TILE = exact.TILE
+
+
+def weights(code, tile, begin, end, peak, whole):
+    """Makes scores of a tile weights, zero where nothing is seen, and adds up what they are."""
+    zeros = code.splat(code.number(0.0))
+    for first, last in ((0, begin), (end + (LANES - 1), TILE)):
+        with code.loop(
+            code.constant(first) // LANES * LANES, code.constant(last) // LANES * LANES, LANES
+        ) as n:
+            code.put(zeros, tile + n * 4)
+    peaks, begins, ends = map(code.splat, (peak, code.narrow(begin), code.narrow(end)))
+    with code.loop(begin // LANES * LANES, end, LANES) as n:
+        places = code.counted(n)
+        weight = exp(code, code.vector(tile + n * 4) - peaks)
+        seen = (places >= begins) & (places < ends)
+        code.put(code.select(seen, weight, zeros), tile + n * 4)
+    total = _in_pairs([code.vector(tile + 4 * n) for n in range(0, TILE, LANES)])
+    whole.set(whole.get() + _in_pairs([code.lane(total, n) for n in range(LANES)]))
+
+
+def exp(code: Code, x: Value) -> Value:
+    """`kernels.exact.functions.exp` of numbers up to 0."""
+    n = code.nearest(code.larger(x, -88.0) * functions.LOG2_E)
+    r = x - n * functions.LOG_2[0] - n * functions.LOG_2[1]
+    first, second, *others = functions.EXP
+    p = r * first + second
+    for c in others:
+        p = p * r + c
+    y = p * (r * r) + r + 1.0
+    n = code.whole(n)
+    half = n >> 1
+    y = y * code.float_of_bits((half + 127) << 23) * code.float_of_bits((n - half + 127) << 23)
+    y = code.select(x < -87.3, code.constant(0.0, y.value.type), y)
+    return code.select(x.equals(x), y, x)  # nan
+
+
+def _in_pairs(terms):
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    return terms[0]
