@@ -24,6 +24,7 @@ import numpy as np
 
 from kernels.exact import functions, sums
 from kernels.exact.products import batched
+from kernels.exact.total import total
 from kernels.tracing.partition import vary_like
 
 CHUNK = 64  # tokens at once: a power of two
@@ -61,7 +62,7 @@ def step(state, i, q, k, v, g, beta, exact=False):
     # neither what is read from it counts, nor the gradients of k and q by it.
     read = jnp.where(i == 0, 0, jnp.stack([k, q], 1))
     product, rounded = (batched, sums.rounded) if exact else (_product, lambda x: x)
-    inner = sums.total(q * k)[:, None] if exact else (q * k).sum(1, keepdims=True)
+    inner = total(q * k)[:, None] if exact else (q * k).sum(1, keepdims=True)
     held, asked = jnp.moveaxis(product(read, state), 1, 0)
     decay = functions.exp(g) if exact else jnp.exp(g)
 

@@ -17,6 +17,7 @@ from kernels.blocks import Blocks
 from kernels.cells import consecutive, in_order, is_ring, ring_positions, write_one
 from kernels.cpu import attention as on_cpu
 from kernels.cpu import many_queries
+from kernels.cpu.gradient import gradients as on_cpu_gradients
 from kernels.exact import attention as exact
 from kernels.int8 import floats, is_int8
 from kernels.operands import Shared, Where
@@ -54,13 +55,15 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
 
 
 # moving: q, keys, values and sinks, which have gradients; fixed: the rest.
-def _plain(options, moving, fixed):
+def _plain(options, moving, fixed, forward):
     (q, keys, values, sinks), (where, alibi) = moving, fixed
     blocks = Blocks((keys, values), batched=True)
-    return _forward(q, blocks, where, Shared(sinks, alibi), options)
+    return forward(q, blocks, where, Shared(sinks, alibi), options)
 
 
-_attend = jax.custom_jvp(_plain)
+@jax.custom_jvp
+def _attend(options, moving, fixed):
+    return _plain(options, moving, fixed, _forward)
 
 
 @_attend.defjvp
@@ -72,7 +75,8 @@ def _attend_jvp(primals, tangents):
 def _tangent(residuals, tangents):
     """Tangents of z and the log-sum-exp, as JAX derives them."""
     (options, moving, fixed), _ = residuals
-    return jax.jvp(lambda moving: _plain(options, moving, fixed), (moving,), (tangents,))[1]
+    plain = lambda moving: _plain(options, moving, fixed, _by_tiles)
+    return jax.jvp(plain, (moving,), (tangents,))[1]
 
 
 def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
@@ -106,9 +110,14 @@ def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
 
 
 def _forward(q, blocks, where, shared, options):
-    """`attend` on blocks as they lie, without a gradient: tile by tile, so no copy is made."""
+    """`attend` on blocks as they lie, without a gradient."""
     if many_queries.can_attend(q, blocks, where, shared, options):
         return many_queries.attend(q, blocks, where, shared, options)
+    return _by_tiles(q, blocks, where, shared, options)
+
+
+def _by_tiles(q, blocks, where, shared, options):
+    """`_forward` in JAX's operations: tile by tile, so no copy is made."""
     if options.exact:
         if any(map(is_int8, blocks.arrays)):
             blocks = Blocks(floats(blocks.take(), q.dtype), batched=True)
@@ -161,16 +170,49 @@ def _forward(q, blocks, where, shared, options):
 
 
 def _backward(residuals, cotangents):
-    """Gradients of q, keys, values and sinks, by recomputing the weights from the log-sum-exp."""
+    """Gradients of q, keys, values and sinks; weights are made again from the log-sum-exp."""
     (options, (q, keys, values, sinks), (where, alibi)), (z, lse) = residuals
     dz, dlse = cotangents
-    num_kv_heads = keys.shape[1]
-    blocks = Blocks((keys, values), batched=True)
-    masking = _Masking(options, keys.shape[2], where.kv_positions, alibi, num_kv_heads)
     dtype = _accumulator(q)
     # d loss / d score = weight * (d loss / d weight - delta); the log-sum-exp's own cotangent
     # enters the same way, since d lse / d score = weight.
     delta = jnp.einsum("btnh,btnh->btn", z, dz, preferred_element_type=dtype) - dlse
+    dsinks = None
+    if sinks is not None:
+        # Where a query reads nothing, its results are constants and no weight goes to the sinks.
+        weights = jnp.exp(sinks - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+        dsinks = -jnp.einsum("btn,btn->n", weights, delta).astype(sinks.dtype)
+    operands, fixed = (q, keys, values, dz, lse, delta), (where, alibi)
+    gradients = _gradients(options, *vary_like((operands, fixed), (operands, fixed)))
+    like = zip(gradients, (q, keys, values), strict=True)
+    return (*(x.astype(y.dtype) for x, y in like), dsinks)
+
+
+@jax.custom_jvp
+def _gradients(options, operands, fixed):
+    """The gradients of queries, keys and values."""
+    q, keys, values, *_ = operands
+    where, alibi = fixed
+    blocks, shared = Blocks((keys, values), batched=True), Shared(alibi=alibi)
+    plain = replace(options, exact=False)  # derivatives have no order to keep
+    if many_queries.can_attend(q, blocks, where, shared, plain):
+        return on_cpu_gradients(*operands, where, options)
+    return _gradients_by_tiles(options, operands, fixed)
+
+
+@_gradients.defjvp
+def _gradients_jvp(primals, tangents):
+    options, operands, fixed = primals
+    by_tiles = lambda operands: _gradients_by_tiles(options, operands, fixed)
+    return _gradients(*primals), jax.jvp(by_tiles, (operands,), (tangents[1],))[1]
+
+
+def _gradients_by_tiles(options, operands, fixed):
+    """`_gradients` in JAX's operations."""
+    (q, keys, values, dz, lse, delta), (where, alibi) = operands, fixed
+    num_kv_heads, dtype = keys.shape[1], _accumulator(q)
+    blocks = Blocks((keys, values), batched=True)
+    masking = _Masking(options, keys.shape[2], where.kv_positions, alibi, num_kv_heads)
 
     def read(gradients, query):
         def step(begin, size, state):
@@ -197,17 +239,7 @@ def _backward(residuals, cotangents):
     (dkeys, dvalues), dq = (
         jax.lax.scan(read, gradients, queries) if several else read(gradients, queries)
     )
-    dsinks = None
-    if sinks is not None:
-        # Where a query reads nothing, its results are constants and no weight goes to the sinks.
-        weights = jnp.exp(sinks - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
-        dsinks = -jnp.einsum("btn,btn->n", weights, delta).astype(sinks.dtype)
-    return (
-        _untile(dq, q, several).astype(q.dtype),
-        dkeys.astype(keys.dtype),
-        dvalues.astype(values.dtype),
-        dsinks,
-    )
+    return _untile(dq, q, several), dkeys, dvalues
 
 
 class _Masking:

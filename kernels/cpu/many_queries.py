@@ -16,7 +16,8 @@ import numpy as np
 from kernels.blocks import Blocks
 from kernels.cpu.call import Buffer, Frame, Kernel, register
 from kernels.cpu.code import LANES, Code, Value
-from kernels.cpu.softmax import TILE, exp, weights
+from kernels.cpu.queries import Queries
+from kernels.cpu.softmax import TILE, exp, largest, weights
 from kernels.cpu.tiles import (
     COLUMNS,
     ROW,
@@ -143,30 +144,21 @@ def _part(frame: Frame, part, key_type, value_type):
     # Late queries see most, and come first, so that none of them is left for the end.
     tile, head, row = tiles - 1 - part // (B * s.heads), part % s.heads, part // s.heads % B
     begin = tile * s.queries
-    end = code.smaller(begin + s.queries, s.T)
     block = ((row * s.layers + code.small_integer(layer.address)) * s.heads + head) * s.cells
+    of_head = (row * s.T, s.N, s.group, head * s.group, positions, starts)
     part = _Part(
         code,
         s,
-        row * s.T,
-        head,
-        q,
-        positions,
-        starts,
+        Queries(code, s.cells, s.window, *of_head),
+        q.address,
         sinks,
-        [frame.result(n) for n in range(3)],
+        [frame.result(n).address for n in range(3)],
         (keys.address + block * s.H * TYPES[key_type], key_type),
         (values.address + block * s.Hv * TYPES[value_type], value_type),
         frame.room,
     )
-    at = code.variable(begin)
-    with code.repeat(lambda: at.get() < end):  # for each document
-        first = at.get()
-        start, after = part.start(first), code.variable(first + 1)
-        with code.repeat(lambda: part.goes_on(after.get(), end, start)):
-            after.set(after.get() + 1)
-        part.document(first, after.get(), start)
-        at.set(after.get())
+    with part.queries.documents(begin, code.smaller(begin + s.queries, s.T)) as document:
+        part.read(*document)
 
 
 class _Part(NamedTuple):
@@ -174,74 +166,43 @@ class _Part(NamedTuple):
 
     code: Code
     sizes: _Sizes
-    row: Value  # where the sequence's queries begin among all
-    head: Value
-    q: Buffer
-    positions: Buffer
-    starts: Buffer
+    queries: Queries
+    q: Value
     sinks: Buffer
     results: list
     keys: tuple
     values: tuple
     room: Value
 
-    def start(self, t):
-        """The first position that query t may read."""
-        code, start = self.code, self.code.variable(0)
-        with code.when(self.starts.size(0) > 0):
-            held = code.small_integer(self.starts.address + (self.row + t) * 4)
-            start.set(code.larger(held, 0))
-        return start.get()
-
-    def goes_on(self, t, end, start):
-        """Whether query t is one, and of the document that begins at `start`."""
-        inside = t < end
-        return inside & self.start(self.code.select(inside, t, end - 1)).equals(start)
-
-    def seen(self, t, start):
-        """Cells first <= p < stop that query t sees; none if they are not in this order."""
+    def read(self, begin, end, start):
+        """What queries begin <= t < end read, whose document begins at cell `start`."""
         code, s = self.code, self.sizes
-        i = code.small_integer(self.positions.address + (self.row + t) * 4)
-        return code.larger(i - s.window + 1, start), code.smaller(i + 1, s.cells)
-
-    def document(self, begin, end, start):
-        """Queries begin <= t < end, whose document begins at cell `start`."""
-        code, s = self.code, self.sizes
-        first, stop = code.variable(s.cells), code.variable(0)
-        with code.loop(begin, end) as t:
-            low, high = self.seen(t, start)
-            with code.when(low < high):
-                first.set(code.smaller(low, first.get()))
-                stop.set(code.larger(high, stop.get()))
-        first, stop = first.get(), stop.get()
-        first = code.smaller(first, stop)
+        first, stop = self.queries.span(begin, end, start)
         origin = start + (first - start) // TILE * TILE
         origin = code.select(first < stop, origin, stop)
         panel = self.room
         chains = panel + TERMS * ROW
-        queries = chains + s.rows * ROW
-        sums = queries + (s.rows * s.H * 4 + 63) // 64 * 64
+        held = chains + s.rows * ROW
+        sums = held + (s.rows * s.H * 4 + 63) // 64 * 64
         scores = sums + s.rows * s.sum_step
         count = (end - begin) * s.group
-        self._gather(begin, end, queries)
-        self._score(first, stop, origin, count, queries, panel, scores)
+        self._gather(begin, count, held)
+        self._score(first, stop, origin, count, held, panel, scores)
         with code.loop(0, count) as n:
             self._weigh(begin, n, start, origin, stop, scores + n * s.score_step)
         self._mix(origin, stop, count, scores, panel, chains, sums)
         with code.loop(0, count) as n:
             self._write(begin, n, sums + n * s.sum_step)
 
-    def _place(self, begin, n):
-        """Where query head n of those from `begin` on lies among all."""
-        s = self.sizes
-        return (self.row + begin + n // s.group) * s.N + self.head * s.group + n % s.group
-
-    def _gather(self, begin, end, to):
+    def _gather(self, begin, count, to):
         code, s = self.code, self.sizes
-        with code.loop(0, (end - begin) * s.group) as n:
-            query = self.q.address + self._place(begin, n) * s.H * 4
-            with code.loop(0, s.H) as h:
-                code.put(code.float(query + h * 4), to + (n * s.H + h) * 4)
+        with code.loop(0, count) as n:
+            query = self.q + self.queries.place(begin, n) * s.H * 4
+            several, here = s.H - s.H % LANES, to + n * s.H * 4
+            with code.loop(0, several, LANES) as h:
+                code.put(code.vector(query + h * 4), here + h * 4)
+            with code.loop(several, s.H) as h:
+                code.put(code.float(query + h * 4), here + h * 4)
 
     def _score(self, first, stop, origin, count, queries, panel, scores):
         code, s = self.code, self.sizes
@@ -260,33 +221,24 @@ class _Part(NamedTuple):
     def _weigh(self, begin, n, start, origin, stop, scores):
         """Makes the scores of a query head weights, and writes down their peak and their sum."""
         code, s = self.code, self.sizes
-        first, last = self.seen(begin + n // s.group, start)
+        first, last = self.queries.seen(begin + n // s.group, start)
         last = code.larger(last, first)
         is_seen = first < last
         at = lambda p: scores + (p - origin) * 4
-        peak, whole = code.variable(code.number(_LOWEST)), code.variable(code.number(0.0))
-        sink = self.sinks.address + (self.head * s.group + n % s.group) * 4
+        sink = self.sinks.address + (self.queries.head + n % s.group) * 4
+        least = code.variable(code.number(_LOWEST))
         with code.when(self.sinks.size(0) > 0):
-            peak.set(code.float(sink))
-        several = last - (last - first) % LANES
-        highest = code.variable(code.splat(peak.get()))
-        with code.loop(first, several, LANES) as p:
-            highest.set(code.larger(code.vector(at(p)), highest.get()))
-        for lane in range(LANES):
-            peak.set(code.larger(code.lane(highest.get(), lane), peak.get()))
-        with code.loop(several, last) as p:
-            peak.set(code.larger(code.float(at(p)), peak.get()))
+            least.set(code.float(sink))
+        peak, whole = largest(code, at, first, last, least.get()), code.variable(code.number(0.0))
         with code.loop(origin, stop, TILE) as tile:
             low = code.smaller(code.larger(first - tile, 0), TILE)
             high = code.larger(code.smaller(last - tile, TILE), low)
-            weights(code, at(tile), low, high, peak.get(), whole)
+            weights(code, at(tile), low, high, peak, whole)
         with code.when((self.sinks.size(0) > 0) & is_seen):
-            whole.set(whole.get() + exp(code, code.float(sink) - peak.get()))
-        place = self._place(begin, n) * 4
-        code.put(peak.get(), self.results[1].address + place)
-        code.put(
-            code.select(is_seen, whole.get(), code.number(0.0)), self.results[2].address + place
-        )
+            whole.set(whole.get() + exp(code, code.float(sink) - peak))
+        place = self.queries.place(begin, n) * 4
+        code.put(peak, self.results[1] + place)
+        code.put(code.select(is_seen, whole.get(), code.number(0.0)), self.results[2] + place)
 
     def _mix(self, origin, stop, count, scores, panel, chains, sums):
         code, s = self.code, self.sizes
@@ -307,9 +259,9 @@ class _Part(NamedTuple):
 
     def _write(self, begin, n, sums):
         code, s = self.code, self.sizes
-        place = self._place(begin, n)
-        whole = code.float(self.results[2].address + place * 4)
+        place = self.queries.place(begin, n)
+        whole = code.float(self.results[2] + place * 4)
         share = code.select(whole > 0.0, code.number(1.0) / whole, code.number(0.0))
-        read = self.results[0].address + place * s.Hv * 4
+        read = self.results[0] + place * s.Hv * 4
         with code.loop(0, s.Hv, LANES) as h:
             code.put(code.vector(sums + h * 4) * code.splat(share), read + h * 4)

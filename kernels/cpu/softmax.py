@@ -1,10 +1,8 @@
 """The softmax of a query's scores on a CPU, in the order of `kernels.exact.attention`."""
 
 from kernels.cpu.code import LANES, Code, Value
-from kernels.exact import attention as exact
 from kernels.exact import functions
-
-TILE = exact.TILE
+from kernels.exact.sums import TILE, in_pairs
 
 
 def weights(code, tile, begin, end, peak, whole):
@@ -21,8 +19,8 @@ def weights(code, tile, begin, end, peak, whole):
         weight = exp(code, code.vector(tile + n * 4) - peaks)
         seen = (places >= begins) & (places < ends)
         code.put(code.select(seen, weight, zeros), tile + n * 4)
-    total = _in_pairs([code.vector(tile + 4 * n) for n in range(0, TILE, LANES)])
-    whole.set(whole.get() + _in_pairs([code.lane(total, n) for n in range(LANES)]))
+    total = in_pairs([code.vector(tile + 4 * n) for n in range(0, TILE, LANES)])
+    whole.set(whole.get() + in_pairs([code.lane(total, n) for n in range(LANES)]))
 
 
 def exp(code: Code, x: Value) -> Value:
@@ -41,7 +39,15 @@ def exp(code: Code, x: Value) -> Value:
     return code.select(x.equals(x), y, x)  # nan
 
 
-def _in_pairs(terms):
-    while len(terms) > 1:
-        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-    return terms[0]
+def largest(code: Code, at, begin, end, least: Value) -> Value:
+    """The largest of the floats at `at(p)`, for begin <= p < end, and of `least`."""
+    begin, end = code.constant(begin), code.constant(end)
+    peak, several = code.variable(least), end - (end - begin) % LANES
+    highest = code.variable(code.splat(least))
+    with code.loop(begin, several, LANES) as p:
+        highest.set(code.larger(code.vector(at(p)), highest.get()))
+    for lane in range(LANES):
+        peak.set(code.larger(code.lane(highest.get(), lane), peak.get()))
+    with code.loop(several, end) as p:
+        peak.set(code.larger(code.float(at(p)), peak.get()))
+    return peak.get()

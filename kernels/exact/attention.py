@@ -16,12 +16,11 @@ from kernels.blocks import Blocks
 from kernels.exact import functions
 from kernels.exact.order import COLUMNS, few_rows
 from kernels.exact.products import MOST, batched
-from kernels.exact.sums import rounded, total
+from kernels.exact.sums import TILE, rounded, tree
 from kernels.operands import Shared, Where
 from kernels.options import Options
 from kernels.tracing.partition import vary_like
 
-TILE = 256
 ROWS = 256  # queries times heads that share a key, at most; of long blocks fewer, but not
 FEWEST_ROWS = 64  # fewer than so many
 STORED = 2**22  # scores of a sequence that are kept at a time, if there may be so few
@@ -125,7 +124,7 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
         mixed, weights = _mix(weights, tile(at)[1]), _tiled(weights)
         if not aligned:
             weights = jnp.roll(weights, at - begin, -1)  # to where they are in the tile
-        of_tiles = total(weights)
+        of_tiles = tree(weights)
         for n in range(of_tiles.shape[-1]):
             sums = sums[0] + of_tiles[..., n], sums[1] + mixed[..., n, :]
         return sums

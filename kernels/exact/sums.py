@@ -25,27 +25,36 @@ def _rounded_jvp(primals, tangents):
     return rounded(*primals), tangents[0]
 
 
+TILE = 256  # cells of attention whose weights are summed as one tree
 _WAYS = 32  # terms of a node of the tree: few levels, since each is a loop of its own
 
 
-@jax.custom_jvp
-def total(x):
-    """The sum over the last axis as a tree, of whose nodes each adds up `_WAYS` others in pairs."""
-    x = rounded(x)
-    while x.shape[-1] > 1:
-        size = -(-x.shape[-1] // _WAYS)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
-        x = _in_pairs([x[..., n : n + size] for n in range(0, x.shape[-1], size)])
-    return x[..., 0]
+def levels(n: int) -> list[tuple[int, int]]:
+    """The levels of the tree of n terms: pairs (size, count).
+
+    A level cuts its terms into `count` slices of `size` terms, the last one filled up with zeros,
+    and adds them up in pairs.
+    """
+    found = []
+    while n > 1:
+        size = -(-n // _WAYS)
+        found.append((size, -(-n // size)))
+        n = size
+    return found or [(1, 1)]
 
 
-def _in_pairs(terms):
+def in_pairs(terms):
+    """The sum of a list, each with its neighbour first."""
     while len(terms) > 1:
         odd = terms[len(terms) // 2 * 2 :]
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
     return terms[0]
 
 
-@total.defjvp
-def _total_jvp(primals, tangents):
-    return total(*primals), tangents[0].sum(-1)
+def tree(x):
+    """The sum over the last axis as a tree, of whose nodes each adds up `_WAYS` others in pairs."""
+    x = rounded(x)
+    for size, count in levels(x.shape[-1]):
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size * count - x.shape[-1])])
+        x = in_pairs([x[..., n : n + size] for n in range(0, x.shape[-1], size)])
+    return x[..., 0]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.exact import functions, sums
+from kernels.exact.total import total
 from transformer.numerics import log_softmax
 from transformer.numerics.layouts import dot_by_output
 from transformer.numerics.matrix import is_matrix
@@ -68,30 +69,30 @@ class Numerics:
             return jnp.einsum("mk,mke->me", weights, x)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         terms = self.rounded(weights).astype(wide)[..., None] * x.astype(wide)
-        return self.rounded(sums.total(terms.swapaxes(1, 2)).astype(x.dtype))
+        return self.rounded(total(terms.swapaxes(1, 2)).astype(x.dtype))
 
     def softmax(self, x):
         """Over the last axis."""
         if not self.exact:
             return jax.nn.softmax(x)
         powers = functions.exp(x - x.max(-1, keepdims=True))
-        return self.rounded(powers / sums.total(powers)[..., None])
+        return self.rounded(powers / total(powers)[..., None])
 
     def mean(self, x):
         """The mean over the last axis, which is kept with one element."""
         if self.exact:
-            return sums.rounded(sums.total(x)[..., None] / x.shape[-1])
+            return sums.rounded(total(x)[..., None] / x.shape[-1])
         return x.mean(-1, keepdims=True)
 
     def sum(self, x, axis=-1):
         """The sum over one axis, which is kept with one element."""
         if self.exact:
-            return jnp.expand_dims(sums.total(jnp.moveaxis(x, axis, -1)), axis)
+            return jnp.expand_dims(total(jnp.moveaxis(x, axis, -1)), axis)
         return x.sum(axis, keepdims=True)
 
     def inner(self, x, y):
         """The sum of x * y, both [V]."""
-        return sums.total(x * y) if self.exact else jnp.vdot(x, y, precision="highest")
+        return total(x * y) if self.exact else jnp.vdot(x, y, precision="highest")
 
     def cross_entropy(self, logits, targets):
         """As `log_softmax.cross_entropy`: of logits [..., V] and targets [...], (nll, lse)."""

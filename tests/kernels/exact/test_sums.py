@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.exact.sums import rounded, total
+from kernels.exact.sums import rounded
+from kernels.exact.total import powers, total
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 172, 1000])
@@ -16,6 +17,27 @@ def test_a_sum_does_not_depend_on_the_rows_beside_it(size, rng):
         np.testing.assert_array_equal(jax.jit(total)(x[:rows]), sums[:rows])
     # A tree of 10 levels rounds 10 times.
     np.testing.assert_allclose(sums, x.astype(np.float64).sum(1), rtol=0, atol=1e-6 * size**0.5)
+
+
+@pytest.mark.parametrize("size", [1, 65, 172, 1000])
+def test_sums_of_powers(size, rng):
+    x = 10 * rng.standard_normal((33, size)).astype(np.float32)
+    x[3], x[4, 0], x[5] = -np.inf, np.nan, 100 + x[5]
+    run = jax.jit(powers)
+    peak, sums = map(np.asarray, run(x))
+    for rows in (1, 4, 8):
+        peaks, sums_of_few = run(x[:rows])
+        np.testing.assert_array_equal(sums_of_few, sums[:rows])
+        np.testing.assert_array_equal(peaks[:4], peak[: min(rows, 4)])
+    assert peak[3] == sums[3] == 0 and np.isnan(sums[4])
+    good = np.delete(np.arange(33), [3, 4])
+    np.testing.assert_array_equal(peak[good], x[good].max(1))
+    expected = np.exp(np.float64(x[good]) - x[good].max(1, keepdims=True)).sum(1)
+    # A power is off by an ulp, and so is each of ten sums.
+    np.testing.assert_allclose(sums[good], expected, rtol=2e-6)
+    lse = lambda x: powers(x)[0] + jnp.log(powers(x)[1])
+    gradient = jax.jit(jax.vmap(jax.grad(lse)))(x[good])
+    np.testing.assert_allclose(gradient, jax.nn.softmax(x[good]), rtol=0, atol=1e-6)
 
 
 def test_the_gradient_of_a_sum_is_ones():

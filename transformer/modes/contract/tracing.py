@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend import core
 
 from kernels.dot import dot_p
+from kernels.exact.total import powers_p, total_p
 from kernels.tracing.linear import linear_call_p
 from transformer.memory.instruction import POSITIONS, Operands, read_p, write_read_p
 from transformer.numerics.layouts import dot_by_output_p, dot_packed_p
@@ -29,7 +30,9 @@ OURS = {
     exact_dot_p,
     experts_p,
     linear_call_p,
+    powers_p,
     quantised_dot_p,
+    total_p,
 }
 
 
