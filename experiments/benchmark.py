@@ -44,7 +44,9 @@ _NUMERICS = flags.DEFINE_list(
     ["fast"],
     "fast, exact or both, in the model suites: each case in one after another.",
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each case.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Timed runs of each case, and of the limits.", lower_bound=1
+)
 _PEER = flags.DEFINE_string(
     "peer", None, "A Python with experiments/peers/requirements.txt installed, to compare with."
 )
@@ -64,7 +66,7 @@ def main(argv):
     from transformer.files import naming
 
     config, make_params = _subject(presets)
-    limits = timing.measure_limits(config.compute_dtype)
+    limits = timing.measure_limits(config.compute_dtype, _REPEATS.value)
     print(f"{jax.devices()[0].device_kind}: {limits}", flush=True)
     notices = cli.print_notices()
     rows, peer = [], _PEER.value

@@ -26,6 +26,8 @@ if "UNISON_TESTS_OPTIMISED" not in os.environ:
 # Tracing makes many objects that live on; looking for garbage among them took a tenth of the time.
 gc.set_threshold(100_000, 50, 10)
 
+LARGE = 1_500_000_000  # bytes of a process that had better forget what it has compiled
+
 # An example compiles for seconds: no deadline, and a failing one is reported as it was found, since
 # shrinking it would compile hundreds of others.
 settings.register_profile(
@@ -82,10 +84,19 @@ def pytest_runtest_makereport(item):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_what_was_compiled():
-    """Modules share little; without this a process of many of them grows to 5 GB."""
+    """Modules share small operations; but a process that forgets nothing grows to 5 GB."""
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and _resident() > LARGE:
         sys.modules["jax"].clear_caches()
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; where that is not known, more than any limit."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return sys.maxsize
 
 
 @pytest.fixture(scope="session")

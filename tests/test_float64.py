@@ -15,7 +15,7 @@ from transformer.training.step import init_state, make_train_step
 TOLERANCE = 1e-13
 MODELS = {
     "tiny": {},
-    "tiny-mla": {},
+    "tiny-mla": {"num_layers": 1},
     "tiny-hybrid": {"num_layers": 2, "layer_kinds": ("delta", "attention")},
 }
 

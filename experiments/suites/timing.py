@@ -105,8 +105,8 @@ def timed(call: Callable[[], object], repeats: int, budget=math.inf) -> tuple[fl
     return tuple(sorted(seconds))
 
 
-def measure_limits(dtype) -> Limits:
-    """Measures this machine's limits for numbers of a dtype.
+def measure_limits(dtype, repeats: int) -> Limits:
+    """Measures this machine's limits for numbers of a dtype, each by the median of some runs.
 
     The rate of products is the best of several shapes, on a CPU by XLA or by NumPy; memory is read
     and copied in an array that no cache holds.
@@ -119,7 +119,7 @@ def measure_limits(dtype) -> Limits:
     vector = jnp.ones(4096, dtype)
 
     def seconds(call):
-        return statistics.median(timed(call, 7))
+        return statistics.median(timed(call, repeats))
 
     def multiply(a, b):
         program, _ = compiled(jnp.matmul, a, b)

@@ -44,15 +44,14 @@ def program(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["mine:program", "mine.py:program"])
-def test_a_lawful_program(start, program, name):
-    result = start(f"--program={name}", folder=program)
+def test_a_lawful_program_of_a_module(start, program):
+    result = start("--program=mine:program", folder=program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("lawful")
 
 
-def test_an_unlawful_program(start, program):
-    result = start(f"--program={program / 'mine.py'}:next_cell")
+def test_an_unlawful_program_of_a_file(start, program):
+    result = start("--program=mine.py:next_cell", folder=program)
     assert result.returncode == 1, result.stderr
     line = LAWFUL.splitlines().index(
         "    turn, z = cache.begin(i + 1).write_read(SUM, params[token], None)"

@@ -1,4 +1,4 @@
-"""Two processes of four devices, with a coordinator of their own, train as one."""
+"""Two processes of two devices, with a coordinator of their own, train as one."""
 
 import signal
 import socket
@@ -33,7 +33,7 @@ def together(start, address, tmp_path):
     def together(*flags):
         flags = (f"--coordinator_address={address}", "--num_processes=2", *flags)
         processes = [
-            start(tmp_path / "run", f"--process_id={n}", *flags, devices=4) for n in range(2)
+            start(tmp_path / "run", f"--process_id={n}", *flags, devices=2) for n in range(2)
         ]
         started.extend(processes)
         return processes
@@ -57,7 +57,7 @@ def test_one_that_is_killed_and_one_that_is_stopped(
     together, reference, start, signal_after, tmp_path
 ):
     workdir = tmp_path / "run"
-    mesh = "--config.devices.mesh=data=2,fsdp=2,tensor=2"
+    mesh = "--config.devices.mesh=fsdp=2,tensor=2"
     one, other = together(mesh)
     wait_for(workdir, 25, (one, other))
     other.kill()

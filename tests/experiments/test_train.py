@@ -220,7 +220,7 @@ def test_a_disk_that_becomes_full_ends_the_run_and_keeps_what_was_saved(
 
 def test_several_devices_give_the_same_losses(reference, start, signal_after, tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir, "--config.devices.mesh=data=2,fsdp=-1", devices=4)
+    process = start(workdir, "--config.devices.mesh=fsdp=-1", devices=2)
     _, err, _ = signal_after(process, workdir, 20)
     assert process.returncode == 0, err
     rows = read_rows(workdir / METRICS_FILE)[:20]

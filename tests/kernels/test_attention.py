@@ -167,7 +167,7 @@ def assert_close(actual, expected, tolerance):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max()))
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_outputs_and_gradients_equal_the_reference(backend, data):
     arrays, options, dtype = data.draw(problems(LACKS[backend]))
@@ -187,7 +187,7 @@ DERIVATIVES = {
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_forward_mode_equals_the_reference(name, data):
     """In float64: tangents of z and the log-sum-exp, and Hessian-vector products."""
@@ -217,7 +217,7 @@ def test_a_backend_without_forward_mode_says_which_have_it(backend, name, jit):
 
 
 @pytest.mark.parametrize("backend", TARGETS)
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_a_backend_of_another_platform_takes_what_would_test_it(backend, data):
     """Traced only, so that the test above is ready for the day when it runs on that platform."""

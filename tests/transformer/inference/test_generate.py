@@ -40,7 +40,8 @@ SMALL = Config(
 # Most tests run this one, with 1 or 5 prompts, so that little is compiled.
 RINGS = SMALL.replace(window=(24, None), scan_layers=True)
 # A convolution, a state and keys and values: every form that a block has.
-HYBRID = SMALL.replace(num_layers=4, layer_kinds=("delta", "attention"), window=(24, None))
+HYBRID = SMALL.replace(layer_kinds=("delta", "attention"), window=(24, None))
+SCANNED = HYBRID.replace(num_layers=4, scan_layers=True)
 CONFIGS = {
     "rings in scanned layers": RINGS,
     "learned positions, a window longer than a chunk": SMALL.replace(
@@ -184,7 +185,7 @@ def phases(config, rows, capacity):
 
 @pytest.mark.parametrize(
     "config, rows",
-    [(SMALL, 1), (RINGS, 3), (SMALL, 3), (HYBRID, 3), (HYBRID.replace(scan_layers=True), 1)],
+    [(SMALL, 1), (RINGS, 3), (SMALL, 3), (HYBRID, 3), (SCANNED, 1)],
 )
 def test_compiled_loops_compute_and_copy_only_what_they_need(compiled_text, config, rows):
     *lowered, cache = phases(config, rows, capacity=512)

@@ -14,8 +14,7 @@ from transformer.program.program import program
 
 CONFIG = Config(vocab_size=32, max_length=256, num_layers=2, width=32, num_heads=4)
 # A ring and a state: what a wrong draft wrote has to be taken back.
-HYBRID = CONFIG.replace(num_layers=3, layer_kinds=("attention", "delta", "attention"))
-HYBRID = HYBRID.replace(window=(6, None, None))
+HYBRID = CONFIG.replace(layer_kinds=("attention", "delta"), window=(6, None))
 PROMPTS = [[1, 2, 3, 4, 5, 1, 2, 3], [7, 8, 7, 8, 7, 8, 7, 8], [20], list(range(30)) * 3]
 DRAFTS = [Lookup(tokens=4), Smaller(None, tokens=3)]
 
@@ -85,7 +84,7 @@ def test_draws_follow_the_probabilities(model, random_params):
     """A chi-square test of the second token against the model's own probabilities."""
     config = CONFIG.replace(vocab_size=8, num_layers=1, width=16)
     checked, other = model(config), Model(config, random_params(config, 1), None)
-    count = 4000
+    count = 2000
     options = {"max_new_tokens": 2, "temperature": 1.0, "num_samples": count, "seed": 1}
     completions = generate(checked, [[1, 2]], draft=Smaller(other, 2), **options)
     first, second = np.array([x.tokens for x in completions]).T
@@ -96,7 +95,7 @@ def test_draws_follow_the_probabilities(model, random_params):
     found = np.bincount(second[first == likely], minlength=8)
     expected = probabilities * found.sum()
     statistic = ((found - expected) ** 2 / expected).sum()
-    assert found.sum() > 400
+    assert found.sum() > 200
     # 7 degrees of freedom: beyond 40.5 in one of a million seeds, and the seed is always the same.
     assert statistic < 40.5
 

@@ -113,7 +113,8 @@ def test_a_cut_is_a_mask(window, chunk, rng):
         edits = [cut(0, [5, 8], [4, 5], heads=[1, 2]), cut(0, 6, None), cut(0, None, 2)]
         cell = jax.ShapeDtypeStruct((K, H), jnp.float64)
         cache = Cache.empty(T, [(memory, (cell, cell))])
-        z = run(intervene(f, edits), (q, k, v), cache, np.arange(T), chunk=chunk)[1]
+        g = intervene(f, edits)
+        z = jax.jit(lambda *x: run(g, x, cache, np.arange(T), chunk=chunk)[1])(q, k, v)
 
         t, s, n = np.ogrid[:T, :T, :N]
         mask = (s <= t) & (t - s < (window or T)) & (n >= 0)
@@ -148,7 +149,8 @@ def test_a_cut_of_other_memories(memory, queries, chunk, rng):
         return turn.end(), z
 
     cache = Cache.empty(8, [(memory, (5,))])
-    z = run(intervene(f, [cut(0, queries, [3, 4])]), x, cache, np.arange(8), chunk=chunk)[1]
+    g = intervene(f, [cut(0, queries, [3, 4])])
+    z = jax.jit(lambda x: run(g, x, cache, np.arange(8), chunk=chunk)[1])(x)
     t, s = np.ogrid[:8, :8]
     mask = (s <= t) & (t - s < getattr(memory, "size", 8))
     mask &= ~(np.isin(t, queries or np.arange(8)) & np.isin(s, [3, 4]))

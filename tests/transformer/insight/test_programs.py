@@ -76,9 +76,8 @@ def test_they_are_traced_and_edited_in_every_mode(name, look):
         np.testing.assert_allclose(seen.logits, plain, **close)
         changed = np.abs(edited - plain).max(1)
         assert changed[0] < 1e-10 < 1e-6 < changed[1:].min()
-        for chunk in (1, 4):
-            for x, y in zip(*map(jax.tree.leaves, (go(g, chunk), go(g))), strict=True):
-                np.testing.assert_allclose(x, y, **close)
+        for x, y in zip(*map(jax.tree.leaves, (go(g, 1), go(g))), strict=True):
+            np.testing.assert_allclose(x, y, **close)
         rows = jax.jit(jax.vmap(lambda tokens: run(g, params, cache, tokens, chunk=4)[1]))
         np.testing.assert_allclose(rows(jnp.stack([tokens, tokens]))[1], edited, **close)
         slope = jax.jit(jax.grad(lambda params: run(g, params, cache, tokens)[1].sum()))(params)

@@ -203,7 +203,7 @@ def test_a_chunk_is_the_scan_of_step(name):
     case, rng = CASES[name], generator(name)
     first, second = np.arange(7), np.array([7, 8, 9, 10, -1, -1])
     packed = np.array([11, 12, 0, 1, 2, 3, 0, 1, -1])
-    i = np.concatenate([first, second, packed, [2, 3]])
+    i = np.concatenate([first, second, packed, [2]])
     cells, queries = make(case.cell, rng, len(i)), make(case.query, rng, len(i))
     shared = make(case.shared, rng)
 
@@ -213,7 +213,7 @@ def test_a_chunk_is_the_scan_of_step(name):
 
     def by_chunks(cells, queries, shared):
         cache, z, begin = Cache.empty(CAPACITY, [(case.memory, shapes(cells))]), [], 0
-        for part in (first, second, packed, [2], [3]):
+        for part in (first, second, packed, [2]):
             given = row((cells, queries), slice(begin, begin + len(part)))
             cache, one = at_once(case, cache, part, *given, shared, packed=part is packed)
             z, begin = [*z, one], begin + len(part)
@@ -240,9 +240,7 @@ def by_steps(case, i, cells, queries, shared):
 @every_case
 @settings(max_examples=5)
 @given(
-    chunks=st.lists(
-        st.tuples(st.sampled_from([1, 3, 8]), st.integers(0, 8)), min_size=1, max_size=8
-    )
+    chunks=st.lists(st.tuples(st.sampled_from([1, 8]), st.integers(0, 8)), min_size=1, max_size=8)
 )
 @in_float64
 def test_any_split_into_chunks_is_the_scan_of_step(name, chunks):

@@ -36,7 +36,7 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(x, y, atol=TOLERANCE * scale, rtol=0)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     chunk=st.sampled_from([None, 1, 4]),
