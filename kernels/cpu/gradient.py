@@ -40,7 +40,8 @@ def gradients(q, keys, values, dz, lse, delta, where: Where, options: Options):
     starts = jnp.zeros((0, 0), jnp.int32) if where.q_starts is None else rows(where.q_starts)
     shapes = (B, T, N, H), (B, K, S, H), (B, K, S, Hv)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    call = jax.ffi.ffi_call(register(_kernel(keys.dtype.name, values.dtype.name)), results)
+    kernel = register(_kernel(keys.dtype.name, values.dtype.name))
+    call = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")
     dq, dkeys, dvalues = call(
         *(wide(q) * options.scale, keys, values, wide(dz), wide(lse), wide(delta)),
         *(rows(where.q_positions), starts),

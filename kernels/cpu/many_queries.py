@@ -64,7 +64,8 @@ def attend(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     sinks = jnp.zeros(0) if shared.sinks is None else shared.sinks
     layer = jnp.zeros((), jnp.int32) if blocks.layer is None else blocks.layer
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, N, Hv), *[(B, T, N)] * 2)]
-    call = jax.ffi.ffi_call(register(_kernel(keys.dtype.name, values.dtype.name)), results)
+    kernel = register(_kernel(keys.dtype.name, values.dtype.name))
+    call = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")
     z, peak, whole = call(
         *(scaled, keys, values, rows(where.q_positions), starts),
         *(layer.astype(jnp.int32), sinks.astype(jnp.float32)),
