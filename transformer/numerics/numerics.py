@@ -106,6 +106,10 @@ class Numerics:
         """x, rounded to its type: what a product must be before it feeds a sum."""
         return sums.rounded(x) if self.exact else x
 
+    def narrowed(self, x):
+        """x, rounded to its type if that is a narrow one: what a sum must be before it is used."""
+        return self.rounded(x) if x.dtype.itemsize < 4 else x
+
     def rsqrt(self, x):
         """1 / sqrt(x)."""
         if not self.exact:

@@ -42,7 +42,7 @@ def mix_experts(spec, params: Experts, x):
     [y] = experts_p.bind(x[None], *weights, spec=spec, tree=tree)
     if params.shared is None:
         return y[0]
-    return spec.numerics.rounded(y[0] + _run_shared(spec, params, x))
+    return spec.numerics.narrowed(y[0] + _run_shared(spec, params, x))
 
 
 def route(spec, params: Experts, x):

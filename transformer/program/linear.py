@@ -29,8 +29,8 @@ def linear(spec, params: Linear, x):
     y = spec.numerics.dot(x, params.weight)
     if params.bias is None:
         return y
-    rounded = spec.numerics.rounded
-    return rounded(y + rounded(params.bias.astype(x.dtype)))
+    narrowed = spec.numerics.narrowed
+    return narrowed(y + narrowed(params.bias.astype(x.dtype)))
 
 
 def norm(spec, params: Norm | None, x, epsilon: float | None = None):
@@ -44,7 +44,7 @@ def norm(spec, params: Norm | None, x, epsilon: float | None = None):
     if spec.config.norm == "layer":
         y = y - spec.numerics.mean(y)
     y = spec.numerics.rounded(rms_norm(spec, y, epsilon) * params.scale)
-    return spec.numerics.rounded((y if params.bias is None else y + params.bias).astype(x.dtype))
+    return spec.numerics.narrowed((y if params.bias is None else y + params.bias).astype(x.dtype))
 
 
 def rms_norm(spec, x, epsilon: float | None = None):

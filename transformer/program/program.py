@@ -94,12 +94,12 @@ def embed(spec: Program, params: Params, token, i):
     """
     table = jax.tree.map(lambda x: constrain(jnp.asarray(x), "vocabulary", None), params.embedding)
     compute_dtype = spec.config.compute_dtype
-    x = spec.numerics.rounded(row(table, token).astype(compute_dtype))  # as generation casts it
+    x = spec.numerics.narrowed(row(table, token).astype(compute_dtype))  # as generation casts it
     x = x.astype(jnp.promote_types(compute_dtype, jnp.float32))
     x = spec.numerics.rounded(x * spec.config.embedding_scale)
     if params.positions is not None:
         x = x + jnp.asarray(params.positions).at[i].get(mode="fill")  # -1 is padding, and takes any
-    return constrain(spec.numerics.rounded(x.astype(compute_dtype)), None)
+    return constrain(spec.numerics.narrowed(x.astype(compute_dtype)), None)
 
 
 def unembed(spec: Program, params: Params, x):
