@@ -28,8 +28,8 @@ def main(argv):
     del argv
     source = cli.one_of({"DIR": _WORKDIR, "PATH": _MODEL})
 
-    from experiments.suites.flow import cut_reads, page, server, texts
-    from transformer.insight import flow, plot_flow
+    from experiments.suites.flow import cut_reads, page, server
+    from transformer.insight import flow, plot_flow, token_texts
     from transformer.program.init import init_cache
     from transformer.program.program import program
     from transformer.storage.checkpoint import CheckpointError
@@ -45,7 +45,7 @@ def main(argv):
         out.mkdir(parents=True, exist_ok=True)
         f, cache = program(model.config), init_cache(model.config, len(tokens))
         found = flow(f, model.params, cache, tokens)
-        figure = plot_flow(found, texts(model.tokenizer, tokens))
+        figure = plot_flow(found, token_texts(model.tokenizer, tokens))
         for name in ("flow.png", "flow.svg"):
             figure.savefig(out / name, dpi=150)
         cuts = cut_reads(f, model.params, cache, found)

@@ -7,21 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from transformer.insight import without_reads
-from transformer.insight.plot import strong
+from transformer.insight.plot import strong, token_texts
 
 PAGE = Path(__file__).with_suffix(".html")
 LEAST, MOST = 0.01, 500  # share of the strongest read that a read is kept from, and reads of each
 SHOWN, CUT = 0.1, 10  # share from which a read is shown at first, and how many of those are cut
 PROBABILITIES = "probability", "lens_probability", "cut_probability"
-
-
-def texts(tokenizer, tokens) -> list[str]:
-    """The text of each token by itself, and the names of special ones, such as <|endoftext|>.
-
-    Bytes that are a part of a character are written as in "\\xe4".
-    """
-    inside = lambda token: tokenizer.token_bytes(token).decode(errors="backslashreplace")
-    return [inside(t) or tokenizer.token(t) or f"#{t}" for t in map(int, tokens)]
 
 
 def page(found, cuts: dict, tokenizer, served: bool = False) -> str:
@@ -38,8 +29,8 @@ def page(found, cuts: dict, tokenizer, served: bool = False) -> str:
     ids = {*np.ravel(found.predicted), *np.ravel(found.cut_predicted), *np.ravel(found.lens)}
     ids = sorted({*map(int, ids), *cut_ids})
     data = {
-        "texts": texts(tokenizer, found.tokens),
-        "names": dict(zip(ids, texts(tokenizer, ids), strict=True)),
+        "texts": token_texts(tokenizer, found.tokens),
+        "names": dict(zip(ids, token_texts(tokenizer, ids), strict=True)),
         "served": served,
         "predicted": found.predicted.tolist(),
         "lens": found.lens.tolist(),

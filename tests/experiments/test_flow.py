@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from experiments.suites.flow import cut_reads, page, server, texts
+from experiments.suites.flow import cut_reads, page, server
 from transformer.data.tokenizer import byte_tokenizer
 from transformer.insight import flow
 from transformer.program.init import init_cache
@@ -56,13 +56,6 @@ def test_it_writes_pictures_and_a_page(run_program, workdir, tmp_path):
     assert "<svg" in (tmp_path / "flow.svg").read_text()
     html = (tmp_path / "flow.html").read_text()
     assert "DATA" not in html
-
-
-def test_every_token_has_a_text():
-    """Also one that is a part of a character, and a special one."""
-    tokenizer = byte_tokenizer()
-    found = texts(tokenizer, [tokenizer.end_of_document, *tokenizer.encode("a é\n")])
-    assert found == ["<|endoftext|>", "a", " ", "\\xc3", "\\xa9", "\n"]
 
 
 def test_the_page_stands_alone_and_holds_its_data(served):

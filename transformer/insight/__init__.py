@@ -9,7 +9,7 @@ from transformer.insight.jacobian import jacobian
 from transformer.insight.lens import TunedLens, lens, tune
 from transformer.insight.names import hooks
 from transformer.insight.patching import activation_patching, path_patching
-from transformer.insight.plot import plot_flow
+from transformer.insight.plot import plot_flow, token_texts
 from transformer.insight.residual import Stream, stream
 from transformer.insight.trace import Reading, Trace, trace
 
@@ -41,6 +41,7 @@ __all__ = [
     "replace",
     "scale",
     "stream",
+    "token_texts",
     "trace",
     "tune",
     "without_reads",

@@ -7,14 +7,24 @@ import numpy as np
 from transformer.insight.flow import Flow
 
 
+def token_texts(tokenizer, tokens) -> list[str]:
+    """The text of each token by itself, and the names of special ones, such as <|endoftext|>.
+
+    Bytes that are a part of a character are written as in "\\xe4".
+    """
+    inside = lambda token: tokenizer.token_bytes(token).decode(errors="backslashreplace")
+    return [inside(t) or tokenizer.token(t) or f"#{t}" for t in map(int, tokens)]
+
+
 def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: float = 0.1):
     """Draws through which cells one prediction came, as a Matplotlib figure.
 
-    A notebook shows it where it is the last value of a cell.
+    A notebook shows it where it is the last value of a cell. Tokens after the one whose prediction
+    it is had no part in it, and are not shown.
 
     Args:
       flow: what `flow` gave.
-      texts: [T], the text of each token.
+      texts: [T], the text of each token, such as `token_texts` gives.
       position: the token whose prediction is explained, as an index into T.
       threshold: reads weaker than this share of the strongest are left out.
     """
@@ -23,9 +33,13 @@ def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: f
     edges = np.asarray(flow.edges)[position]
     blocks, length, _ = edges.shape
     last, row = position % length, 0.7 if blocks <= 8 else 0.4  # inches from block to block
+    length = last + 1
     size = max(5, 1.5 + 0.6 * length), 1.8 + row * (blocks + 1)
     figure = Picture(figsize=size, layout="constrained")
     axes = figure.subplots()
+    # What a token knows goes up in its own column; reads bring what others know.
+    ends = [blocks - 1] * last + [blocks]
+    axes.vlines(range(length), 0, ends, color="0.85", linewidth=1, zorder=0)
     for block, reader, cell, weight in strong(edges, threshold):
         color = "tab:blue" if weight > 0 else "tab:orange"
         share = abs(weight) / np.abs(edges).max()
@@ -33,20 +47,23 @@ def plot_flow(flow: Flow, texts: Sequence[str], position: int = -1, threshold: f
         ends = [cell, reader], [block, block + 1]
         axes.plot(*ends, color=color, linewidth=0.5 + 4 * share, alpha=0.75, zorder=1)
     at = np.meshgrid(np.arange(length), np.arange(blocks))
-    owed = np.abs(edges).sum(1)
+    owed = np.abs(edges).sum(1)[:, :length]
     colors = owed / (owed.max() or 1)
     axes.scatter(
         *at, c=colors, marker="s", s=90, cmap="Greys", vmin=0, vmax=1, edgecolors="black", zorder=2
     )
     axes.scatter(last, blocks, marker="o", s=90, color="black", zorder=2)
-    labels = map(label, texts)
-    axes.set_xticks(range(length), labels, rotation=60, ha="right", parse_math=False)
+    labels = list(map(label, texts[:length]))
+    slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(length), labels, **slanted, parse_math=False)
     axes.set_yticks(range(blocks + 1), [*(f"block {n}" for n in range(blocks)), "prediction"])
     axes.set_xlim(-0.6, length - 0.4)
     axes.set_ylim(-0.6, blocks + 0.6)
     figure.suptitle(
-        f"Reads behind the prediction after token {last}:\nblue for it, orange against it",
+        f"Reads behind the prediction after {labels[-1]} (token {last}):\n"
+        "blue for it, orange against it; more was read from darker cells",
         fontsize=10,
+        parse_math=False,
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.insight import cut, flow, intervene, plot_flow, without_reads
+from transformer.data.tokenizer import byte_tokenizer
+from transformer.insight import cut, flow, intervene, plot_flow, token_texts, without_reads
 from transformer.insight.plot import label, strong
 from transformer.modes.schedule import run
 
@@ -47,6 +48,13 @@ def test_the_flow_of_a_prompt(kind, model):
     assert len(axes.lines) == len(strong(found.edges[-1], 0.3)) > 0
 
 
+def test_every_token_has_a_text():
+    """Also one that is a part of a character, and a special one."""
+    tokenizer = byte_tokenizer()
+    found = token_texts(tokenizer, [tokenizer.end_of_document, *tokenizer.encode("a é\n")])
+    assert found == ["<|endoftext|>", "a", " ", "\\xc3", "\\xa9", "\n"]
+
+
 def test_labels_show_what_a_token_is():
     """White space, characters that the font lacks, signs of formulas, and long runs."""
     shown = [" the", "\n  ", "$a$", "\u4e2d", "-" * 40]
@@ -55,5 +63,8 @@ def test_labels_show_what_a_token_is():
     still = np.zeros((5, 1, 5, 5), np.float32)
     found = SimpleNamespace(edges=still)  # of which nothing owes to anything
     figure = plot_flow(found, shown)
+    assert figure.get_suptitle().startswith(f"Reads behind the prediction after {expected[-1]} (")
     assert figure._repr_png_().startswith(b"\x89PNG")
-    assert [x.get_text() for x in figure.axes[0].get_xticklabels()] == expected
+    shows = lambda figure: [x.get_text() for x in figure.axes[0].get_xticklabels()]
+    assert shows(figure) == expected
+    assert shows(plot_flow(found, shown, position=1)) == expected[:2]
