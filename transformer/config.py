@@ -13,17 +13,26 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+# What has biases, for each choice of them.
+_BIASED = {
+    "none": (),
+    "qkv": ("qkv",),
+    "attention": ("qkv", "output"),
+    "norms": ("norms",),
+    "feed_forward": ("norms", "feed_forward"),
+    "all": ("qkv", "output", "norms", "feed_forward"),
+}
 CHOICES = {
     "positions": ("rotary", "learned", "alibi", "none"),
     "norm": ("rms", "layer"),
     "norm_placement": ("pre", "post", "both", "output"),
     "qk_norm_over": ("head", "all"),
     "feed_forward": (
-        *("gelu", "gelu_exact", "relu", "silu"),
+        *("gelu", "gelu_exact", "relu", "silu", "tanh"),
         *("swiglu", "geglu", "geglu_exact", "reglu", "swiglu_clipped"),
     ),
-    "expert_gates": ("chosen", "all", "sigmoid"),
-    "biases": ("none", "qkv", "attention", "all"),
+    "expert_gates": ("chosen", "all", "sigmoid", "sigmoid_all"),
+    "biases": tuple(_BIASED),
     "remat": ("none", "segments", "dots"),
     "dtype": ("float32", "bfloat16", "float64"),
     "cache_dtype": (None, "int8"),
@@ -198,18 +207,22 @@ class Config:
       positions: "rotary" (arXiv:2104.09864), "learned", "alibi" (arXiv:2108.12409) or "none".
       rotary_base, rotary_fraction, rotary_scaling: the base of the frequencies, the part of each
         head that turns, and how frequencies are stretched.
-      rotary_window_base: the base for layers with a window (Gemma 3), whose frequencies are then
-        not stretched; None: as in the other layers.
+      rotary_window_base, rotary_window_scaling: those of layers with a window, where they have a
+        base of their own (Gemma 3); the base None: both are as in the other layers.
       norm, norm_placement, norm_epsilon: RMSNorm or LayerNorm; before a sublayer (pre), after its
         residual sum (post), on its output alone (output, as in OLMo 2), or before it and on its
         output (both, as in Gemma 2).
-      feed_forward: the nonlinearity. "gelu" in its tanh form, "gelu_exact", "relu" or "silu"; or,
-        times a gate (arXiv:2002.05202), "swiglu", "geglu" in its tanh form, "geglu_exact", "reglu",
-        or "swiglu_clipped" (gpt-oss).
-      biases: on no projection, on q/k/v only (Qwen 2), on all of attention, or on all of the layer,
-        its norms, experts and router included.
+      feed_forward: the nonlinearity. "gelu" in its tanh form, "gelu_exact", "relu", "silu" or
+        "tanh"; or, times a gate (arXiv:2002.05202), "swiglu", "geglu" in its tanh form,
+        "geglu_exact", "reglu", or "swiglu_clipped" (gpt-oss).
+      biases: "none"; on the projections of q, k and v ("qkv", as in Qwen 2) or all of "attention";
+        on "norms", where `norm` is "layer"; on these and the "feed_forward" network, experts and
+        router included; or on "all" of the layer. In latent attention those of "attention" are on
+        its two projections of x and on its output (DeepSeek).
       qk_norm: whether `norm` acts on q and k.
       qk_norm_over: it acts on each "head", or on "all" heads of a token at once (OLMo 2).
+      qkv_clip: the largest number, of either sign, in q, k and v, before positions turn them
+        (OLMoE); None: any.
       window: how many positions a layer sees: None (all), a number, or a pattern of both that
         repeats over the layers, as (512, 512, None).
       attention_scale: the factor on q.k; None: 1 / sqrt(H).
@@ -219,17 +232,21 @@ class Config:
       parallel_residual: whether attention and feed-forward read the same input (GPT-J).
       tie_embeddings: whether the output matrix is the embedding.
       embedding_scale: the factor on token embeddings (Gemma: sqrt(E)).
+      embedding_width: numbers of a token's embedding, where a matrix makes E of them, and another
+        one as many of E before the output (OPT of 350 million parameters); None: E, without these.
       num_experts, experts_per_token: a mixture of experts where num_experts > 0.
       expert_width: F of an expert; None: feed_forward_width.
       expert_gates: the gates of the chosen experts are a softmax over them (chosen, as in Mixtral),
         or what a softmax over all experts gives them (all, as in OLMoE), or the share of each in
-        the sum of their sigmoids, where a bias takes part in the choice (sigmoid, DeepSeek-V3).
+        the sum of their sigmoids, where a bias takes part in the choice (sigmoid, DeepSeek-V3), or
+        their sigmoids as they are (sigmoid_all).
       expert_scale: the factor on gates.
       expert_groups: (groups, chosen groups): experts are in groups, and only those of the best
         groups are chosen (DeepSeek-V2, arXiv:2405.04434, section 2.1.2); None: all.
       shared_expert_width: F of an expert that all tokens run through; 0: there is none.
       shared_expert_gate: whether that one has a gate (Qwen3-Next).
-      num_dense_layers: so many layers at the start have no experts, but a network of their own.
+      num_dense_layers: so many layers at the start have no experts, but a network of their own; or
+        the numbers of the layers that have none, from 0 on.
       scan_layers: whether the layers run as one compiled loop; compile time is then flat in
         num_layers.
       remat: "none"; "segments" saves what the instructions take and give, and computes the rest
@@ -261,6 +278,7 @@ class Config:
     rotary_fraction: float = 1.0
     rotary_scaling: RotaryScaling | None = None
     rotary_window_base: float | None = None
+    rotary_window_scaling: RotaryScaling | None = None
     norm: str = "rms"
     norm_placement: str = "pre"
     norm_epsilon: float = 1e-6
@@ -268,6 +286,7 @@ class Config:
     biases: str = "none"
     qk_norm: bool = False
     qk_norm_over: str = "head"
+    qkv_clip: float | None = None
     window: int | None | tuple[int | None, ...] = None
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
@@ -277,6 +296,7 @@ class Config:
     parallel_residual: bool = False
     tie_embeddings: bool = True
     embedding_scale: float = 1.0
+    embedding_width: int | None = None
     num_experts: int = 0
     experts_per_token: int = 2
     expert_width: int | None = None
@@ -285,7 +305,7 @@ class Config:
     expert_groups: tuple[int, ...] | None = None
     shared_expert_width: int = 0
     shared_expert_gate: bool = False
-    num_dense_layers: int = 0
+    num_dense_layers: int | tuple[int, ...] = 0
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
@@ -293,11 +313,12 @@ class Config:
 
     def __post_init__(self):
         read = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("window", "layer_kinds", "expert_groups"):
+        for name in ("window", "layer_kinds", "expert_groups", "num_dense_layers"):
             if isinstance(getattr(self, name), list):
                 read(name, tuple(getattr(self, name)))
         for name, kind in (
             ("rotary_scaling", RotaryScaling),
+            ("rotary_window_scaling", RotaryScaling),
             ("latent", Latent),
             ("delta", Delta),
         ):
@@ -324,14 +345,19 @@ class Config:
     def _check_sizes(self):
         for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads"):
             self._require_size(name)
-        for name in ("num_kv_heads", "head_size", "feed_forward_width", "expert_width"):
+        for name in (
+            *("num_kv_heads", "head_size", "feed_forward_width", "expert_width"),
+            "embedding_width",
+        ):
             if getattr(self, name) is not None:
                 self._require_size(name)
-        for name in (
-            *("num_experts", "num_shared_kv_layers"),
-            *("shared_expert_width", "num_dense_layers"),
-        ):
+        for name in ("num_experts", "num_shared_kv_layers", "shared_expert_width"):
             self._require_size(name, least=0)
+        dense = self.num_dense_layers
+        if not all(_is_size(n, least=0) for n in _pattern(dense)):
+            raise ValueError(
+                f"num_dense_layers={dense}; it must be a whole number, at least 0, or several."
+            )
         if self.head_size is None and self.width % self.num_heads:
             raise ValueError(
                 f"width={self.width} must be a multiple of num_heads={self.num_heads}, unless "
@@ -344,6 +370,7 @@ class Config:
             "attention_scale",
             "attention_soft_cap",
             "logit_soft_cap",
+            "qkv_clip",
         ):
             if getattr(self, name) is not None:
                 self._require_positive(name)
@@ -361,7 +388,7 @@ class Config:
             self._check_groups()
         if self.num_dense_layers and self.scan_layers:
             raise ValueError(
-                "num_dense_layers makes the first layers unlike the others; set scan_layers=False."
+                "num_dense_layers makes some layers unlike the others; set scan_layers=False."
             )
 
     def _check_groups(self):
@@ -390,23 +417,29 @@ class Config:
                 f"rotary positions turn pairs of numbers, and a head size of {self.shape.H} with "
                 f"rotary_fraction={self.rotary_fraction} gives {self.rotary_size}; it must be even."
             )
-        if self.rotary_scaling is not None:
-            divisors = self.rotary_scaling.divisors
-            if divisors is not None and len(divisors) != self.rotary_size // 2:
-                raise ValueError(
-                    f"rotary_scaling.divisors are {len(divisors)} numbers; a head that turns "
-                    f"{self.rotary_size} numbers needs {self.rotary_size // 2}."
-                )
-            if self.rotary_scaling.kind == "ntk" and self.rotary_size == 2:
-                raise ValueError(
-                    "rotary_scaling.kind='ntk' leaves the first pair of numbers as it is, and here "
-                    "a head has only that one; use larger heads or another scaling."
-                )
-            if self.rotary_scaling.kind == "yarn" and not self.rotary_base > 1:
-                raise ValueError(
-                    f"rotary_base={self.rotary_base}; with rotary_scaling.kind='yarn' it must be "
-                    "above 1."
-                )
+        self._check_scaling("rotary_scaling", "rotary_base")
+        self._check_scaling("rotary_window_scaling", "rotary_window_base")
+
+    def _check_scaling(self, name, base):
+        scaling = getattr(self, name)
+        if scaling is None:
+            return
+        if getattr(self, base) is None:
+            raise ValueError(f"{name} goes with {base}, which is None.")
+        if scaling.divisors is not None and len(scaling.divisors) != self.rotary_size // 2:
+            raise ValueError(
+                f"{name}.divisors are {len(scaling.divisors)} numbers; a head that turns "
+                f"{self.rotary_size} numbers needs {self.rotary_size // 2}."
+            )
+        if scaling.kind == "ntk" and self.rotary_size == 2:
+            raise ValueError(
+                f"{name}.kind='ntk' leaves the first pair of numbers as it is, and here a head has "
+                "only that one; use larger heads or another scaling."
+            )
+        if scaling.kind == "yarn" and not getattr(self, base) > 1:
+            raise ValueError(
+                f"{base}={getattr(self, base)}; with {name}.kind='yarn' it must be above 1."
+            )
 
     def _check_layers(self):
         windows, kinds = _pattern(self.window), _pattern(self.layer_kinds)
@@ -429,11 +462,11 @@ class Config:
                 raise ValueError(
                     "layers of the kind 'latent' need their sizes: latent=Latent(rank=...)."
                 )
-            others = self.attention_sinks or self.attention_gate or self.qk_norm
+            others = self.attention_sinks or self.attention_gate or self.qk_norm or self.qkv_clip
             if self.positions not in ("rotary", "none") or others:
                 raise ValueError(
                     "layers of the kind 'latent' go with positions 'rotary' or 'none', without "
-                    "attention_sinks, attention_gate and qk_norm."
+                    "attention_sinks, attention_gate, qk_norm and qkv_clip."
                 )
         if "delta" in kinds and self.delta_sizes.num_value_heads % self.delta_sizes.num_key_heads:
             raise ValueError(
@@ -515,9 +548,24 @@ class Config:
         return tuple(pattern[n % len(pattern)] for n in range(self.num_layers))
 
     @property
+    def dense_layers(self) -> frozenset[int]:
+        """The numbers of the layers that have no experts, where others have them."""
+        given = self.num_dense_layers
+        return frozenset(given if isinstance(given, tuple) else range(given))
+
+    @property
     def rotary_size(self) -> int:
         """How many numbers of each head turn."""
         return int(self.shape.H * self.rotary_fraction)
+
+    def biased(self, part: str) -> bool:
+        """Whether "qkv", the "output" of attention, "norms" or the "feed_forward" have biases."""
+        return part in _BIASED[self.biases]
+
+    @property
+    def sigmoid_gates(self) -> bool:
+        """Whether the gates of experts are made of sigmoids."""
+        return self.expert_gates in ("sigmoid", "sigmoid_all")
 
     @property
     def gated(self) -> bool:

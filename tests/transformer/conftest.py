@@ -38,6 +38,7 @@ def configs(draw):
             "qk_norm_over": pick("head", "all"),
             "attention_sinks": draw(st.booleans()),
             "attention_gate": draw(st.booleans()),
+            "qkv_clip": pick(None, None, 0.3),
         }
     one_memory = not isinstance(options.get("window"), tuple)
     if kinds == "attention" and one_memory and not scan_layers:
@@ -71,7 +72,8 @@ def configs(draw):
         expert_groups=pick(None, (2, 1)),
         shared_expert_width=pick(0, 24),
         shared_expert_gate=draw(st.booleans()),
-        num_dense_layers=0 if scan_layers else pick(0, 1),
+        num_dense_layers=0 if scan_layers else pick(0, 1, (1,)),
+        embedding_width=pick(None, None, 10),
         scan_layers=scan_layers,
         remat=pick("none", "segments", "dots"),
     )

@@ -1,13 +1,12 @@
 """Conversations: messages made a text by a model's own template, and that text made token ids."""
 
-import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
 
 import jinja2
-from jinja2 import ext, sandbox
 
+from transformer.data.sandbox import Sandbox, limits
 from transformer.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -89,7 +88,7 @@ def render(
     """The text of a conversation, as the model was trained on, special tokens by their names.
 
     A template is a program of whoever published the model. It runs in jinja2's sandbox, which keeps
-    it from everything but the messages, and the text that it makes is limited.
+    it from everything but the messages, and has little time and little memory.
 
     Args:
       tokenizer, messages, reply: as in `chat_tokens`.
@@ -104,15 +103,16 @@ def render(
     template = _compile(tokenizer.chat_template)
     parts, length = [], 0
     try:
-        for part in template.generate(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=reply,
-            **tokenizer.names,
-        ):
-            parts.append(part)
-            length += len(part)
-            if length > _LONGEST:
-                raise TemplateError(f"the chat template makes more than {_LONGEST} characters.")
+        with limits():
+            for part in template.generate(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=reply,
+                **tokenizer.names,
+            ):
+                parts.append(part)
+                length += len(part)
+                if length > _LONGEST:
+                    raise TemplateError(f"the chat template makes more than {_LONGEST} characters.")
     except jinja2.TemplateError as error:
         raise TemplateError(f"the chat template says: {error}") from error
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
@@ -141,35 +141,6 @@ def _check(messages):
 @functools.lru_cache(maxsize=8)
 def _compile(source):
     try:
-        return _environment().from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
+        return Sandbox().from_string(source)
+    except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
         raise TemplateError(f"the chat template cannot be read: {error}") from error
-
-
-class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Products and powers are checked, which could fill the memory."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context, operator, left, right):
-        small = all(isinstance(x, int | float) and abs(x) <= 2**32 for x in (left, right))
-        if not small or operator == "**":
-            raise sandbox.SecurityError(f"{operator} of large values is not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-def _environment():
-    """jinja2's sandbox, with what transformers gives to templates."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value, indent=None):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message):
-    raise jinja2.TemplateError(message)

@@ -20,6 +20,8 @@ from transformer.training.step import TrainState
 # layer, which stay whole. What is not named here, norms and biases above all, is small and whole.
 PARAMETERS = {
     "embedding": ("vocabulary", "width"),
+    "embedding_in": (None, "width"),
+    "embedding_out": ("width", None),
     "positions": (None, "width"),
     "output": ("width", "vocabulary"),
     "mixer.query": ("width", "heads"),

@@ -73,7 +73,10 @@ def direct(f, params: Params, trace: Trace, position: int, direction) -> Direct:
                     x = x + _frozen(config, norm, bias, y)
         x = _frozen(config, params.final_norm, biases[1], x)
         matrix = params.embedding.T if params.output is None else params.output.weight
-        return x @ (matrix @ direction)
+        back = matrix @ direction
+        if params.embedding_out is not None:
+            back = params.embedding_out.weight @ back
+        return x @ back
 
     operands = made.embedding[position], made.mixers[:, position], made.feed_forwards[:, position]
     total, slopes = jax.value_and_grad(number, (0, 1, 2, 3))(*operands, biases)

@@ -20,6 +20,8 @@ def _function(spec):
         return spec.numerics.gelu
     if kind in ("gelu_exact", "geglu_exact"):
         return lambda x: spec.numerics.gelu(x, approximate=False)
+    if kind == "tanh":
+        return spec.numerics.tanh
     return jax.nn.relu if kind in ("relu", "reglu") else spec.numerics.silu
 
 

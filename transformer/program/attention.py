@@ -48,9 +48,9 @@ def project(spec, params, x, i):
     """What the token asks and writes: x [E] -> q [N, H], k [K, H], v [K, H]."""
     mixer = params.mixer
     x = norm(spec, params.mixer_norm, x)
-    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
-    k = _heads(spec, linear(spec, mixer.key, x), mixer.k_norm)
-    v = _heads(spec, linear(spec, mixer.value, x))
+    q = _clipped(spec, _heads(spec, linear(spec, mixer.query, x), mixer.q_norm))
+    k = _clipped(spec, _heads(spec, linear(spec, mixer.key, x), mixer.k_norm))
+    v = _clipped(spec, _heads(spec, linear(spec, mixer.value, x)))
     if spec.config.positions == "rotary":
         q, k = rotate(spec, q, i), rotate(spec, k, i)
     return q, k, v
@@ -61,7 +61,7 @@ def query(spec, params, x, i):
     """What a token asks that writes nothing: x [E] -> q [N, H]."""
     mixer = params.mixer
     x = norm(spec, params.mixer_norm, x)
-    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
+    q = _clipped(spec, _heads(spec, linear(spec, mixer.query, x), mixer.q_norm))
     return rotate(spec, q, i) if spec.config.positions == "rotary" else q
 
 
@@ -103,12 +103,11 @@ def init(spec, make, key):
     """Fresh parameters; `make` is an `init.Maker`."""
     config, (_, _, E, _, N, K, H, _) = spec.config, spec.config.shape
     query, key_, value, output, gate = jax.random.split(key, 5)
-    biased, own = config.biases != "none", spec.reads is None
-    output_biased = config.biases in ("attention", "all")
+    biased, own = config.biased("qkv"), spec.reads is None
     size = (lambda heads: heads * H) if config.qk_norm_over == "all" else (lambda heads: H)
     return Attention(
         query=make.linear(query, E, N * H, biased=biased),
-        output=make.linear(output, N * H, E, biased=output_biased, last=True),
+        output=make.linear(output, N * H, E, biased=config.biased("output"), last=True),
         key=make.linear(key_, E, K * H, biased=biased) if own else None,
         value=make.linear(value, E, K * H, biased=biased) if own else None,
         q_norm=make.norm(size(N)) if config.qk_norm else None,
@@ -123,3 +122,9 @@ def _heads(spec, x, params=None):
     if spec.config.qk_norm_over == "all":
         return norm(spec, params, x).reshape(-1, spec.config.shape.H)
     return norm(spec, params, x.reshape(-1, spec.config.shape.H))
+
+
+def _clipped(spec, x):
+    """x, none of whose numbers is larger than the config allows, of either sign."""
+    bound = spec.config.qkv_clip
+    return x if bound is None else x.clip(-bound, bound)

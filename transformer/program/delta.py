@@ -123,15 +123,15 @@ def init(spec, make, key):
     step = jnp.exp(make.uniform(step, N, low=jnp.log(0.001), high=jnp.log(0.1)))
     bound = sizes.convolution**-0.5
     return GatedDelta(
-        channels=make.linear(channels, E, C, biased=False),
+        channels=make.linear(channels, E, C),
         convolution=make.uniform(convolution, sizes.convolution, C, low=-bound, high=bound),
-        gate=make.linear(gate, E, N * H, biased=False),
-        decay=make.linear(decay, E, N, biased=False),
-        strength=make.linear(strength, E, N, biased=False),
+        gate=make.linear(gate, E, N * H),
+        decay=make.linear(decay, E, N),
+        strength=make.linear(strength, E, N),
         log_rate=jnp.log(make.uniform(rate, N, low=1.0, high=16.0)),
         decay_bias=step + jnp.log(-jnp.expm1(-step)),  # the inverse of softplus
         norm=Norm(make.ones(H)),
-        output=make.linear(output, N * H, E, last=True),
+        output=make.linear(output, N * H, E, biased=spec.config.biases == "all", last=True),
     )
 
 

@@ -49,10 +49,7 @@ def route(spec, params: Experts, x):
     """Which experts a token takes, and their gates: x [E] -> gates [k], experts [k]."""
     config = spec.config
     logits = linear(spec, params.router, x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    scores = {"all": spec.numerics.softmax, "sigmoid": spec.numerics.sigmoid}.get(
-        config.expert_gates, lambda x: x
-    )
-    scores = choice = scores(logits)
+    scores = choice = _scores(spec, logits)
     if params.choice_bias is not None:
         choice = scores + params.choice_bias
     if config.expert_groups is not None:
@@ -66,6 +63,14 @@ def route(spec, params: Experts, x):
     return spec.numerics.rounded(gates * config.expert_scale), chosen
 
 
+def _scores(spec, logits):
+    """By what experts are chosen, and what their gates are made of: [X] -> [X]."""
+    kind = spec.config.expert_gates
+    if kind == "chosen":
+        return logits
+    return spec.numerics.softmax(logits) if kind == "all" else spec.numerics.sigmoid(logits)
+
+
 def _of_best_groups(spec, scores):
     """Scores [X] of which those outside of the best groups are -inf.
 
@@ -75,7 +80,7 @@ def _of_best_groups(spec, scores):
     config = spec.config
     groups, kept = config.expert_groups
     by_group = scores.reshape(groups, -1)
-    best = min(2 if config.expert_gates == "sigmoid" else 1, by_group.shape[1])
+    best = min(2 if config.sigmoid_gates else 1, by_group.shape[1])
     worth = spec.numerics.sum(jax.lax.top_k(by_group, best)[0])[:, 0]
     chosen = (jax.lax.top_k(worth, kept)[1][:, None] == jnp.arange(groups)).any(0)
     return jnp.where(chosen[:, None], by_group, -jnp.inf).reshape(-1)

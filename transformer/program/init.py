@@ -31,15 +31,14 @@ class Maker:
         deviation = 0.02 / (2 * self.config.num_layers) ** 0.5 if last else 0.02
         return nn.initializers.normal(deviation)(key, shape, jnp.float32)
 
-    def linear(self, key, *shape, biased=None, last=False):
-        """Matrices [..., in, out]; `biased` None: a bias where the config has them everywhere."""
-        biased = self.config.biases == "all" if biased is None else biased
+    def linear(self, key, *shape, biased=False, last=False):
+        """Matrices [..., in, out], with a bias or without one."""
         weight = self.matrix(key, *shape, last=last)
         return Linear(weight, self.zeros(*shape[:-2], shape[-1]) if biased else None)
 
     def norm(self, size):
         """A norm that changes no scale."""
-        biased = self.config.norm == "layer" and self.config.biases == "all"
+        biased = self.config.norm == "layer" and self.config.biased("norms")
         return Norm(self.ones(size), self.zeros(size) if biased else None)
 
     def uniform(self, key, *shape, low, high):
@@ -63,6 +62,8 @@ def init_params(config: Config, key: jax.Array) -> Params:
     """
     make, E = Maker(config), config.width
     embedding, positions, output, layers = jax.random.split(key, 4)
+    into, back = jax.random.split(jax.random.fold_in(key, 1))
+    D = config.embedding_width
     keys = jax.random.split(layers, config.num_layers)
     specs = layer_specs(config, KINDS)
     if config.scan_layers:
@@ -73,13 +74,13 @@ def init_params(config: Config, key: jax.Array) -> Params:
         made = tuple(_init_layer(spec, make, key) for spec, key in zip(specs, keys, strict=True))
     learned = config.positions == "learned"
     return Params(
-        embedding=make.matrix(embedding, config.vocab_size, E),
+        embedding=make.matrix(embedding, config.vocab_size, D or E),
         layers=made,
         positions=make.matrix(positions, config.max_length, E) if learned else None,
         final_norm=make.norm(E) if config.norm_placement != "post" else None,
-        output=None
-        if config.tie_embeddings
-        else make.linear(output, E, config.vocab_size, biased=False),
+        output=None if config.tie_embeddings else make.linear(output, D or E, config.vocab_size),
+        embedding_in=make.linear(into, D, E) if D else None,
+        embedding_out=make.linear(back, E, D) if D else None,
     )
 
 
@@ -103,23 +104,24 @@ def _init_feed_forward(config, make, key):
     if not X:
         return FeedForward(**_init_network(config, make, key, F))
     experts, router, shared, gate = jax.random.split(key, 4)
-    width = config.shared_expert_width
+    width, biased = config.shared_expert_width, config.biased("feed_forward")
+    gated = width and config.shared_expert_gate
     return Experts(
-        router=make.linear(router, E, X),
+        router=make.linear(router, E, X, biased=biased),
         **_init_network(config, make, experts, config.expert_width or F, X),
-        choice_bias=make.zeros(X) if config.expert_gates == "sigmoid" else None,
+        choice_bias=make.zeros(X) if config.sigmoid_gates else None,
         shared=FeedForward(**_init_network(config, make, shared, width)) if width else None,
-        shared_gate=make.linear(gate, E, 1) if width and config.shared_expert_gate else None,
+        shared_gate=make.linear(gate, E, 1, biased=biased) if gated else None,
     )
 
 
 def _init_network(config, make, key, width, *experts):
     up, down, gate = jax.random.split(key, 3)
-    E = config.width
+    E, biased = config.width, config.biased("feed_forward")
     return {
-        "up": make.linear(up, *experts, E, width),
-        "down": make.linear(down, *experts, width, E, last=True),
-        "gate": make.linear(gate, *experts, E, width) if config.gated else None,
+        "up": make.linear(up, *experts, E, width, biased=biased),
+        "down": make.linear(down, *experts, width, E, biased=biased, last=True),
+        "gate": make.linear(gate, *experts, E, width, biased=biased) if config.gated else None,
     }
 
 

@@ -87,13 +87,14 @@ def init(spec, make, key):
     R, P, Q = sizes.rank, sizes.rotary_size, sizes.query_rank
     Hv = sizes.value_size or H
     query_down, query, down, key, value, output = jax.random.split(key, 6)
+    biased = spec.config.biased("output")
     return LatentAttention(
-        query=make.linear(query, Q or E, N * (H + P), biased=False),
-        down=make.linear(down, E, R + P, biased=False),
+        query=make.linear(query, Q or E, N * (H + P)),
+        down=make.linear(down, E, R + P, biased=biased),
         down_norm=make.norm(R),
-        key=make.linear(key, R, N * H, biased=False),
-        value=make.linear(value, R, N * Hv, biased=False),
-        output=make.linear(output, N * Hv, E, last=True),
-        query_down=make.linear(query_down, E, Q, biased=False) if Q else None,
+        key=make.linear(key, R, N * H),
+        value=make.linear(value, R, N * Hv),
+        output=make.linear(output, N * Hv, E, biased=biased, last=True),
+        query_down=make.linear(query_down, E, Q, biased=biased) if Q else None,
         query_norm=make.norm(Q) if Q else None,
     )

@@ -19,6 +19,8 @@ class Params:
       positions: [max_length, E] where they are learned; else None.
       final_norm: before the logits; None where `norm_placement` is "post".
       output: [E, V]; None where it is tied to the embedding.
+      embedding_in, embedding_out: [D, E] and [E, D], where the embedding is [V, D] and the output
+        [D, V], with another width D; else None.
     """
 
     embedding: jax.Array
@@ -26,6 +28,8 @@ class Params:
     positions: jax.Array | None = None
     final_norm: Norm | None = None
     output: Linear | None = None
+    embedding_in: Linear | None = None
+    embedding_out: Linear | None = None
 
     @property
     def vocab_size(self) -> int:

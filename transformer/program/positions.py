@@ -30,11 +30,11 @@ def rotate(spec, x, i, size=None):
 def rotary_frequencies(config, size):
     """Angles per position, float32 [size / 2], and the factor on cos and sin.
 
-    A layer with a window uses `rotary_window_base`, unscaled, where that is given (Gemma 3).
+    A layer with a window uses `rotary_window_base` and its scaling where the base is given.
     """
     scaling, base = config.rotary_scaling, config.rotary_base
     if config.window is not None and config.rotary_window_base is not None:
-        scaling, base = None, config.rotary_window_base
+        scaling, base = config.rotary_window_scaling, config.rotary_window_base
     if scaling is not None and scaling.kind == "ntk":
         base *= scaling.factor ** (size / (size - 2))
     frequencies = base ** -(np.arange(0, size, 2) / size)

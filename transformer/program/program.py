@@ -97,6 +97,8 @@ def embed(spec: Program, params: Params, token, i):
     x = spec.numerics.narrowed(row(table, token).astype(compute_dtype))  # as generation casts it
     x = x.astype(jnp.promote_types(compute_dtype, jnp.float32))
     x = spec.numerics.rounded(x * spec.config.embedding_scale)
+    if params.embedding_in is not None:
+        x = linear(spec, params.embedding_in, x.astype(compute_dtype)).astype(x.dtype)
     if params.positions is not None:
         x = x + jnp.asarray(params.positions).at[i].get(mode="fill")  # -1 is padding, and takes any
     return constrain(spec.numerics.narrowed(x.astype(compute_dtype)), None)
@@ -105,6 +107,8 @@ def embed(spec: Program, params: Params, token, i):
 def unembed(spec: Program, params: Params, x):
     """x [E] -> logits [V], float32."""
     x = norm(spec, params.final_norm, x)
+    if params.embedding_out is not None:
+        x = linear(spec, params.embedding_out, x)
     if params.output is None:
         logits = spec.numerics.dot_table(x, params.embedding)
     else:

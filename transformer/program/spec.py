@@ -59,7 +59,7 @@ def layer_specs(
 
 def _of_layer(config, n, kind, window):
     """The config as one layer sees it."""
-    if n < config.num_dense_layers:
+    if n in config.dense_layers:
         config = config.replace(num_experts=0, num_dense_layers=0)
     # What is allowed depends on the kinds of all layers: a kind that takes no window, beside one
     # that has one.

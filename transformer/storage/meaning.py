@@ -30,12 +30,14 @@ def function(config: Config) -> dict:
     kinds, windows = zip(*config.layers, strict=True)
     if config.positions != "rotary":
         unused |= {name for name in fields if name.startswith("rotary_")}
-    if not any(windows):
-        unused.add("rotary_window_base")
+    if not any(windows) or config.rotary_window_base is None:
+        unused |= {"rotary_window_base", "rotary_window_scaling"}
     if not config.num_experts:
         unused |= {name for name in fields if "expert" in name} | {"num_dense_layers"}
     fields["expert_width"] = config.expert_width or config.shape.F
-    if config.num_experts and not config.num_dense_layers:
+    dense = sorted(config.dense_layers.intersection(range(config.num_layers)))
+    fields["num_dense_layers"] = dense
+    if config.num_experts and not dense:
         unused.add("feed_forward_width")
     if not config.shared_expert_width:
         unused.add("shared_expert_gate")
@@ -46,7 +48,9 @@ def function(config: Config) -> dict:
     if "delta" not in kinds:
         unused.add("delta")
     fields["attention_scale"] = config.attention_scale or config.shape.H**-0.5
-    fields["rotary_scaling"] = _scaling(config.rotary_scaling)
+    for name in ("rotary_scaling", "rotary_window_scaling"):
+        fields[name] = _scaling(getattr(config, name))
+    fields["embedding_width"] = config.embedding_width or config.width
     fields["layers"] = config.layers
     return {name: value for name, value in fields.items() if name not in unused}
 

@@ -70,9 +70,13 @@ def test_what_templates_use(template, text):
         ("{{ 'a' * 1000000000 }}", "of large values is not allowed"),
         ("{{ 9 ** 9 ** 9 }}", r"\*\* of large values"),
         ("{% for i in range(1000000000) %}a{% endfor %}", "the chat template"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}abc{% endfor %}{% endfor %}", "more"),
+        (
+            "{% for i in range(9999) %}{% for j in range(9999) %}abc{% endfor %}{% endfor %}",
+            "long|more",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "does not come to an end"),
         ("{% include '/etc/passwd' %}", "the chat template"),
+        ("{% break %}", "cannot be read"),
     ],
 )
 def test_templates_that_do_what_they_must_not_are_stopped(template, message):

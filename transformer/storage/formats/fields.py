@@ -101,7 +101,7 @@ class Fields:
         if isinstance(value, int) and kind is float and not isinstance(value, bool):
             value = float(value)
         if kind is not None and not fits(value, kind):
-            raise ValueError(f"{self._where}: {name}={value!r} {wrong_type(value, kind)}")
+            raise ValueError(f"{name}={value!r} of {self._where} {wrong_type(value, kind)}")
         return value
 
     def choose(self, name: str, choices: Mapping, default=_REQUIRED):
@@ -136,7 +136,7 @@ class Fields:
 
     def refused(self, what: str, why: str) -> ValueError:
         """The error that something in the file is not supported."""
-        return ValueError(f"{self._where}: {what} is not supported; {why}.")
+        return ValueError(f"{what} of {self._where} is not supported; {why}.")
 
     def finish(self) -> None:
         """Refuses what has not been read, unless there is a reason to ignore it.

@@ -19,7 +19,7 @@ from transformer.program.params import Params
 from transformer.storage.formats.architectures import FAMILIES
 from transformer.storage.formats.gguf_file import Quantised, read_file
 from transformer.storage.formats.gguf_tokenizer import read_tokenizer
-from transformer.storage.formats.parameters import read_params
+from transformer.storage.formats.parameters import read_params, require_sizes
 from transformer.storage.formats.tables import entries
 from transformer.storage.keeping import Keeping
 
@@ -90,21 +90,23 @@ def read(
     """
     metadata, tensors = read_file(path)
     try:
-        family, config = _config(metadata, tensors, str(path))
+        family, config = _config(metadata, tensors)
         config = config.replace(dtype=dtype or "float32", cache_dtype=keeping.cache)
         named = _named(family, config, tensors, metadata["general.architecture"])
         params = read_params(family, config, named, np.dtype(config.dtype), keeping)
         return config, params, read_tokenizer(metadata)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
-def _config(metadata, tensors, where):
+def _config(metadata, tensors):
     """The architecture, by way of what transformers would have in config.json."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in _TYPES:
         raise ValueError(
-            f"{where}: general.architecture={name!r} is not one that can be loaded from GGUF; "
+            f"general.architecture={name!r} is not one that can be loaded from GGUF; "
             f"those that can are {', '.join(_TYPES)}."
         )
     own = {
@@ -115,9 +117,9 @@ def _config(metadata, tensors, where):
     unknown = [key for key in own if key not in _KEYS and key not in _IGNORED]
     if unknown or "token_embd.weight" not in tensors:
         raise ValueError(
-            f"{where}: keys that are not known for {name}: {', '.join(unknown)}."
+            f"keys that are not known for {name}: {', '.join(unknown)}."
             if unknown
-            else f"{where} has no tensor token_embd.weight."
+            else "there is no tensor token_embd.weight."
         )
     values = {_KEYS[key]: value for key, value in own.items() if key in _KEYS}
     values["vocab_size"] = tensors["token_embd.weight"].shape[0]
@@ -130,18 +132,16 @@ def _config(metadata, tensors, where):
     if name == "qwen2":  # which transformers has with no other size
         size = values["hidden_size"] // values["num_attention_heads"]
         if values.pop("head_dim", size) != size:
-            raise ValueError(f"{where}: {name}.attention.key_length must be {size}.")
+            raise ValueError(f"{name}.attention.key_length must be {size}.")
     if name == "gpt2":
         values.pop("num_key_value_heads", None)
         values = {_GPT2_KEYS.get(key, key): value for key, value in values.items()}
     values = {key: x.item() if isinstance(x, np.generic) else x for key, x in values.items()}
     family = FAMILIES[_TYPES[name]]
-    config = family.read(values, where)
+    config = family.read(values, "its metadata")
     for key in ("rope.dimension_count", "attention.value_length"):
         if own.get(key, config.shape.H) != config.shape.H:
-            raise ValueError(
-                f"{where}: {name}.{key}={own[key]}; the head size is {config.shape.H}."
-            )
+            raise ValueError(f"{name}.{key}={own[key]}; the head size is {config.shape.H}.")
     if "rope_freqs.weight" in tensors:  # Llama 3's scaling, written out
         divisors = tuple(map(float, tensors["rope_freqs.weight"].read()))
         scaling = RotaryScaling("longrope", 1.0, attention_factor=1.0, divisors=divisors)
@@ -198,8 +198,9 @@ def _named(family, config, tensors, architecture):
     arch = next(x for x, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     left = {name: tensor for name, tensor in tensors.items() if name != "rope_freqs.weight"}
-    named = {}
-    for entry in entries(family.table(config), config):
+    named, table = {}, family.table(config)
+    require_sizes(config, table, tensors)
+    for entry in entries(table, config):
         for theirs in entry.published:
             name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
             if name in left:

@@ -73,7 +73,8 @@ def read_family(values: dict, where: str) -> Family:
             f"{where}: model_type={model_type!r} is not an architecture that can be loaded; those "
             f"that can are {', '.join(FAMILIES)}."
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    return family.variant(values) or family
 
 
 def read_directory(
@@ -96,10 +97,7 @@ def read_directory(
     path = directory / CONFIG_FILE
     values = read_json(path)
     family = read_family(values, str(path))
-    try:
-        config = family.read(values, str(path))
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = family.read(values, str(path))
     tensors = mxfp4.unpacked(read_tensors(directory))
     dtype = dtype or _stored_dtype(tensors)
     config = config.replace(dtype=dtype, cache_dtype=keeping.cache)

@@ -35,9 +35,13 @@ def each(read: Callable, write: Callable | None = None) -> Layout:
     )
 
 
+def _turned(x):
+    """A published matrix [out, in] is [in, out] here; a vector stays as it is."""
+    return np.swapaxes(x, -1, -2) if x.ndim > 1 else x
+
+
 SAME = each(lambda x: x)
-# Published matrices are [out, in], ours [in, out].
-TRANSPOSED = each(lambda x: np.swapaxes(x, -1, -2))
+TRANSPOSED = each(_turned)
 # Gemma's norms multiply by 1 + scale.
 PLUS_ONE = each(lambda x: x + 1, lambda x: x - 1)
 # OPT's positions begin behind two rows that no token uses.
@@ -58,7 +62,6 @@ def _split(sizes, axis, then=lambda x: x):
     return Layout(read, lambda _, arrays: [np.concatenate([then(x) for x in arrays], axis)])
 
 
-_turned = lambda x: np.swapaxes(x, -1, -2)
 # One published matrix [q + k + v, in], or its bias.
 QKV_ROWS = _split(_qkv_sizes, 0, _turned)
 QKV_VECTOR = _split(_qkv_sizes, 0)
@@ -73,12 +76,12 @@ def _heads_read(config, arrays):
     [x] = arrays
     N, H = config.shape.N, config.shape.H
     parts = x.reshape(N, 3, H, *x.shape[1:]).swapaxes(0, 1).reshape(3, N * H, *x.shape[1:])
-    return [_turned(part) if x.ndim == 2 else part for part in parts]
+    return list(map(_turned, parts))
 
 
 def _heads_write(config, arrays):
     N, H = config.shape.N, config.shape.H
-    parts = np.stack([_turned(x) if x.ndim == 2 else x for x in arrays])
+    parts = np.stack(list(map(_turned, arrays)))
     rest = parts.shape[2:]
     return [parts.reshape(3, N, H, *rest).swapaxes(0, 1).reshape(3 * N * H, *rest)]
 
@@ -142,35 +145,36 @@ def _gated_read(config, arrays):
     """Queries and gates, those of each head together -> queries and gates."""
     [x] = arrays
     parts = x.reshape(config.shape.N, 2, config.shape.H, -1).swapaxes(0, 1)
-    return [_turned(part.reshape(-1, x.shape[-1])) for part in parts]
+    return [_turned(part.reshape(-1, *x.shape[1:])) for part in parts]
 
 
 def _gated_write(config, arrays):
-    parts = np.stack([_turned(x) for x in arrays]).reshape(2, config.shape.N, config.shape.H, -1)
-    return [parts.swapaxes(0, 1).reshape(-1, parts.shape[-1])]
+    x = np.stack(list(map(_turned, arrays)))
+    parts = x.reshape(2, config.shape.N, config.shape.H, -1)
+    return [parts.swapaxes(0, 1).reshape(-1, *x.shape[2:])]
 
 
 QUERY_AND_GATE = Layout(_gated_read, _gated_write)
 
 
 def _interleaved(rows, size):
-    """The last `size` rows of each head [heads, rows, in]: pairs side by side, made two halves."""
+    """The last `size` rows of each head [heads, rows, ...]: pairs side by side, made two halves."""
     kept, turning = rows[:, :-size], rows[:, -size:]
-    halves = turning.reshape(len(rows), -1, 2, rows.shape[-1]).swapaxes(1, 2)
+    halves = turning.reshape(len(rows), -1, 2, *rows.shape[2:]).swapaxes(1, 2)
     return np.concatenate([kept, halves.reshape(turning.shape)], 1)
 
 
 def _paired(rows, size):
     """The inverse of `_interleaved`."""
     kept, turning = rows[:, :-size], rows[:, -size:]
-    pairs = turning.reshape(len(rows), 2, -1, rows.shape[-1]).swapaxes(1, 2)
+    pairs = turning.reshape(len(rows), 2, -1, *rows.shape[2:]).swapaxes(1, 2)
     return np.concatenate([kept, pairs.reshape(turning.shape)], 1)
 
 
 def _by_head(turn, heads):
     def read(config, arrays):
         [x] = arrays
-        rows = x.reshape(heads(config), -1, x.shape[-1])
+        rows = x.reshape(heads(config), -1, *x.shape[1:])
         return [_turned(turn(rows, config.latent.rotary_size).reshape(x.shape))]
 
     return read
@@ -179,7 +183,7 @@ def _by_head(turn, heads):
 def _by_head_back(turn, heads):
     def write(config, arrays):
         x = _turned(arrays[0])
-        rows = x.reshape(heads(config), -1, x.shape[-1])
+        rows = x.reshape(heads(config), -1, *x.shape[1:])
         return [turn(rows, config.latent.rotary_size).reshape(x.shape)]
 
     return write

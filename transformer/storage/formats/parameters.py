@@ -17,11 +17,18 @@ from transformer.storage.arrays import flat
 from transformer.storage.formats.buffers import contiguous
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.layouts import SAME
-from transformer.storage.formats.tables import Entry, abstract_params, entries
+from transformer.storage.formats.tables import (
+    Entry,
+    Table,
+    abstract_params,
+    are_experts_apart,
+    entries,
+)
 from transformer.storage.keeping import Keeping
 
 NUMBERS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 _SHOWN = 3  # names in a message
+_LARGEST_ZEROS = 2**27  # numbers that are made to see what shapes they would have
 
 
 class Tensor(Protocol):
@@ -56,11 +63,13 @@ def read_params(
     Raises:
       ValueError: tensors are missing, left over, of a wrong shape or of a wrong type; names them.
     """
+    table = family.table(config)
+    require_sizes(config, table, tensors)
     abstract = abstract_params(config)
     shapes, made, place = flat(abstract), {}, keeping.placing(abstract)
     published = {}
     find = _finder(family, tensors)
-    table = list(entries(family.table(config), config))
+    table = list(entries(table, config))
     for entry in table:
         published |= {find(name): name for name in entry.published}
     _require_names(family, config, tensors, published)
@@ -71,6 +80,20 @@ def read_params(
             made |= {name: place(name, arrays.pop(0)) for name in entry.ours}
         prepare.result()
     return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in shapes])
+
+
+def require_sizes(config: Config, table: Table, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses more layers or experts than there can be, before anything is done for each of them.
+
+    Raises:
+      ValueError: there are fewer tensors.
+    """
+    sizes = {"layers": config.num_layers}
+    if are_experts_apart(table):
+        sizes["experts"] = config.num_experts
+    for name, size in sizes.items():
+        if size > len(tensors):
+            raise ValueError(f"the config has {size} {name}, and there are {len(tensors)} tensors.")
 
 
 def _room(shapes, entry):
@@ -139,16 +162,23 @@ def _read(entry: Entry, config, tensors, find, dtype, shapes):
         made = entry.layout.read(config, arrays)
     except (ValueError, IndexError):  # arrays that cannot be cut or joined as the layout says
         made = []
-    if [x.shape for x in made] != [shapes[name].shape for name in entry.ours]:
-        zeros = [np.zeros(shapes[name].shape, np.float32) for name in entry.ours]
-        wanted = entry.layout.write(config, zeros)
-        wrong = [
-            f"{name} has the shape {list(x.shape)}, and {list(y.shape)} is wanted"
-            for name, x, y in zip(entry.published, arrays, wanted, strict=True)
-            if x.shape != y.shape
-        ]
-        raise ValueError(f"tensor {'; '.join(wrong)}: the config is that of another model.")
+    shapes = [shapes[name].shape for name in entry.ours]
+    if [x.shape for x in made] != shapes:
+        wrong = "; ".join(_wrong(entry, config, arrays, shapes))
+        raise ValueError(f"tensor {wrong}: the config is that of another model.")
     return list(map(contiguous, made))
+
+
+def _wrong(entry, config, arrays, shapes):
+    """What is wrong with the shapes of an entry's tensors, in words."""
+    if sum(map(math.prod, shapes)) > _LARGEST_ZEROS:
+        parameters = " and ".join(map(str, map(list, shapes)))
+        yield f"{_some(entry.published)} does not make parameters of the shape {parameters}"
+        return
+    wanted = entry.layout.write(config, [np.zeros(shape, np.float32) for shape in shapes])
+    for name, x, y in zip(entry.published, arrays, wanted, strict=True):
+        if x.shape != y.shape:
+            yield f"{name} has the shape {list(x.shape)}, and {list(y.shape)} is wanted"
 
 
 def _numbers(name, tensor, dtype):

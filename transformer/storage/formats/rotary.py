@@ -1,7 +1,9 @@
 """Rotary positions in published configs, in the form of transformers 4 and in that of 5."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformer.config import RotaryScaling
 from transformer.storage.formats.fields import Fields
@@ -19,6 +21,7 @@ class Rotary:
       fraction: the part, where the config names none.
       base_key, fraction_key: what transformers 4 calls them.
       local_base: of layers with a window, where these have one of their own (Gemma 3).
+      scaling: where the config names none.
     """
 
     base: float = 10_000.0
@@ -27,6 +30,7 @@ class Rotary:
     base_key: str = "rope_theta"
     fraction_key: str = "partial_rotary_factor"
     local_base: float | None = None
+    scaling: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, fields: Fields, found: dict) -> None:
         """Reads `rope_parameters`, or else `rope_theta` and `rope_scaling`."""
@@ -34,56 +38,61 @@ class Rotary:
             "rope_theta": fields.take(self.base_key, float | None, None),
             "partial_rotary_factor": fields.take(self.fraction_key, float | None, None),
         }
-        local = (
-            fields.take("rope_local_base_freq", float, self.local_base) if self.local_base else None
-        )
+        old = {key: x for key, x in old.items() if x is not None}
         scaling = fields.take("rope_scaling", dict | None, None) or {}
         given = fields.take("rope_parameters", dict | None, None) or {}
+        original = fields.take("original_max_position_embeddings", int | None, None)
+        local = {}
         if GLOBAL in given or LOCAL in given:
             if not self.local_base:
                 raise fields.refused(
                     "rope_parameters for each kind of layer", "here all layers have the same"
                 )
-            local = (given.get(LOCAL) or {}).get("rope_theta", local)
-            self._plain(fields, given.get(LOCAL) or {})
-            given = given.get(GLOBAL) or {}
-        rope = Fields(
-            {k: v for k, v in old.items() if v is not None} | scaling | given, "its rope scaling"
+            kinds = Fields(given, "its rope_parameters")
+            given, local = (kinds.take(kind, dict | None, None) or {} for kind in (GLOBAL, LOCAL))
+            kinds.finish()
+        if self.local_base:
+            base = fields.take("rope_local_base_freq", float, self.local_base)
+            found["rotary_window_base"], _, found["rotary_window_scaling"] = _read(
+                {"rope_theta": base} | local, self, found, original
+            )
+        found["rotary_base"], found["rotary_fraction"], found["rotary_scaling"] = _read(
+            old | (scaling or given or dict(self.scaling)) | given, self, found, original
         )
-        kind = rope.take("type", str, "default")
-        kind = rope.take("rope_type", str, kind)
-        found["rotary_base"] = rope.take("rope_theta", float, self.base)
-        if not self.partial:
-            rope.only("partial_rotary_factor", 1.0)
-        found["rotary_fraction"] = rope.take("partial_rotary_factor", float, self.fraction)
-        found["rotary_window_base"] = local
-        original = fields.take("original_max_position_embeddings", int | None, None)
-        found["rotary_scaling"] = _scaling(kind, rope, found, original)
-        rope.finish()
 
     def write(self, config, values):
         """Writes `rope_parameters`, and for older readers `rope_theta` and `rope_scaling`."""
         rope = {"rope_theta": config.rotary_base, "rope_type": "default"}
         if config.rotary_fraction != 1:
             rope["partial_rotary_factor"] = config.rotary_fraction
-        scaling = _written(config)
+        scaling = _written(config.rotary_scaling)
         rope |= scaling
         values[self.base_key] = config.rotary_base
         if self.fraction != 1 or config.rotary_fraction != 1:
             values[self.fraction_key] = config.rotary_fraction
         values["rope_scaling"] = scaling or None
         if self.local_base:
-            local = config.rotary_window_base or config.rotary_base
-            values["rope_local_base_freq"] = local
-            rope = {GLOBAL: rope, LOCAL: {"rope_theta": local, "rope_type": "default"}}
+            base, scaling = config.rotary_window_base, config.rotary_window_scaling
+            if base is None:
+                base, scaling = config.rotary_base, config.rotary_scaling
+            values["rope_local_base_freq"] = base
+            local = {"rope_theta": base, "rope_type": "default"} | _written(scaling)
+            rope = {GLOBAL: rope, LOCAL: local}
         values["rope_parameters"] = rope
 
-    def _plain(self, fields, rope):
-        if rope.get("rope_type", "default") != "default":
-            raise fields.refused(
-                f"{LOCAL}: rope_type={rope['rope_type']!r}",
-                "only frequencies of layers that see all positions can be scaled",
-            )
+
+def _read(keys, default, found, original):
+    """Base, part of a head that turns, and scaling, from the keys of some layers."""
+    rope = Fields(keys, "its rope scaling")
+    kind = rope.take("type", str, "default")
+    kind = rope.take("rope_type", str, kind)
+    base = rope.take("rope_theta", float, default.base)
+    if not default.partial:
+        rope.only("partial_rotary_factor", 1.0)
+    fraction = rope.take("partial_rotary_factor", float, default.fraction)
+    scaling = _scaling(kind, rope, found, original)
+    rope.finish()
+    return base, fraction, scaling
 
 
 def _scaling(kind, rope, found, original):
@@ -152,9 +161,8 @@ def _longrope(rope, original, found):
     )
 
 
-def _written(config):
+def _written(scaling):
     """The keys of a scaling; none where there is none."""
-    scaling = config.rotary_scaling
     if scaling is None:
         return {}
     keys = {"rope_type": scaling.kind, "factor": scaling.factor}

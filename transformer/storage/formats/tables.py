@@ -86,9 +86,15 @@ def entries(table: Table, config: Config) -> Iterable[Entry]:
         yield Entry(ours, tuple(names), published.layout)
 
 
+def are_experts_apart(table: Table) -> bool:
+    """Whether each expert has tensors of its own."""
+    names = (named.names if isinstance(named, Named) else named for named in table.values())
+    return any("{x}" in name for group in names for name in _tuple(group))
+
+
 def _with_kind(config, n, pattern):
     """Our name of a parameter as it stands in a table, which depends on what the layer is."""
-    if config.num_experts and n >= config.num_dense_layers:
+    if config.num_experts and n not in config.dense_layers:
         pattern = pattern.replace(".feed_forward.", ".experts.")
     kind, _ = config.layers[n]
     return pattern if kind == "attention" else pattern.replace(".mixer.", f".{kind}.")

@@ -40,10 +40,12 @@ class SomeLayers:
         others a window (Gemma 2: 2); None: those from `max_window_layers` on have it, if
         `use_sliding_window` is true (Qwen 2).
       default: the window where none is given.
+      every_other: with period None: every other layer below `max_window_layers` has it (Qwen2-MoE).
     """
 
     period: int | None = None
     default: int = 4096
+    every_other: bool = False
 
     def read(self, fields, found):
         """As in `Option`."""
@@ -73,7 +75,10 @@ class SomeLayers:
         """None where no layer has a window, whatever `layer_types` says."""
         first = fields.take("max_window_layers", int, 28)
         used = fields.take("use_sliding_window", bool, False)
-        return [LOCAL if n >= first else GLOBAL for n in range(layers)] if used else None
+        if not used:
+            return None
+        local = (lambda n: n % 2 == 0 and n < first) if self.every_other else lambda n: n >= first
+        return [LOCAL if local(n) else GLOBAL for n in range(layers)]
 
     def write(self, config, values):
         """As in `Option`."""

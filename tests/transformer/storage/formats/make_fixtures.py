@@ -67,6 +67,21 @@ MODELS = {
             "eos_token_id": 1,
         },
     ),
+    "gpt2_tanh": (
+        "GPT2",
+        {
+            "vocab_size": VOCABULARY,
+            "n_positions": 32,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "activation_function": "tanh",
+            "scale_attn_weights": False,
+            "tie_word_embeddings": False,
+        },
+    ),
     "llama": ("Llama", SIZES | {"tie_word_embeddings": False}),
     "llama3": (
         "Llama",
@@ -87,6 +102,13 @@ MODELS = {
     "qwen2": (
         "Qwen2",
         SIZES | {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        SIZES
+        | EXPERTS
+        | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 10}
+        | {"use_sliding_window": True, "sliding_window": WINDOW, "mlp_only_layers": [1]},
     ),
     "qwen3": ("Qwen3", SIZES | {"head_dim": 8, "attention_bias": True}),
     "qwen3_moe": (
@@ -115,6 +137,17 @@ MODELS = {
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gemma3_scaled": (
+        "Gemma3",
+        SIZES
+        | {"head_dim": 8, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
+        | {
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
             },
         },
     ),
@@ -166,19 +199,33 @@ MODELS = {
             }
         },
     ),
+    "gpt_neox_unbiased": ("GPTNeoX", NEOX | {"attention_bias": False, "rope_parameters": HALF}),
     "opt": ("OPT", OLDER | {"ffn_dim": 24, "word_embed_proj_dim": 16}),
     "opt_post": (
         "OPT",
         OLDER | {"ffn_dim": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     ),
+    "opt_projected": (
+        "OPT",
+        OLDER | {"ffn_dim": 24, "word_embed_proj_dim": 10, "do_layer_norm_before": False},
+    ),
+    "opt_unbiased": ("OPT", OLDER | {"ffn_dim": 24, "enable_bias": False}),
     "olmo2": ("Olmo2", SIZES),
     "olmoe": ("Olmoe", SIZES | EXPERTS | {"norm_topk_prob": False}),
+    "olmoe_clipped": ("Olmoe", SIZES | EXPERTS | {"norm_topk_prob": True, "clip_qkv": 0.5}),
     "gpt_oss": (
         "GptOss",
         SIZES
         | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
         | {"sliding_window": WINDOW, "layer_types": LAYER_TYPES}
         | {"rope_parameters": YARN | {"truncate": False}},
+    ),
+    "gpt_oss_unbiased": (
+        "GptOss",
+        SIZES
+        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"sliding_window": WINDOW, "layer_types": LAYER_TYPES, "attention_bias": False}
+        | {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}},
     ),
     "deepseek_v2": (
         "DeepseekV2",
@@ -199,6 +246,25 @@ MODELS = {
         | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
         | {"moe_intermediate_size": 12, "first_k_dense_replace": 1}
         | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v2_yarn": (
+        "DeepseekV2",
+        SIZES
+        | {"num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8}
+        | {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+        | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "attention_bias": True}
+        | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v3_halves": (
+        "DeepseekV3",
+        SIZES
+        | {"num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8}
+        | {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+        | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False}
+        | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "attention_bias": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     ),
     "qwen3_next": (
         "Qwen3Next",

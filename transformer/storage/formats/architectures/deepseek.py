@@ -1,9 +1,11 @@
 """DeepSeek-V2 and V3: latent attention, and experts beside one that all tokens run through."""
 
 import math
+from dataclasses import replace
 
 from transformer.config import Latent
 from transformer.storage.formats.architectures.llama import (
+    ATTENTION_BIAS,
     DENSE,
     LAYER,
     OURS,
@@ -13,23 +15,36 @@ from transformer.storage.formats.architectures.llama import (
     tied,
 )
 from transformer.storage.formats.family import Family
-from transformer.storage.formats.layouts import KEY_VALUE_BY_HEAD, LATENT_DOWN, LATENT_QUERY
+from transformer.storage.formats.layouts import (
+    KEY_VALUE_BY_HEAD,
+    LATENT_DOWN,
+    LATENT_QUERY,
+    TRANSPOSED,
+)
 from transformer.storage.formats.options import Always, Only, Same, Unused
 from transformer.storage.formats.rotary import Rotary
-from transformer.storage.formats.tables import Named
+from transformer.storage.formats.tables import Named, biased
 
 
-def _table(config):
+def _table(config, query_layout=LATENT_QUERY, down_layout=LATENT_DOWN):
     attention = LAYER + "self_attn."
     query = "q_b_proj" if config.latent.query_rank else "q_proj"
+    down = {
+        f"{OURS}latent.down.{kind}": Named(f"{attention}kv_a_proj_with_mqa.{kind}", down_layout)
+        for kind in ("weight", "bias")
+    }
     return {
         **experts(config),
-        OURS + "latent.query.weight": Named(f"{attention}{query}.weight", LATENT_QUERY),
-        OURS + "latent.query_down.weight": attention + "q_a_proj.weight",
+        **down,
+        **biased(
+            {
+                OURS + "latent.query_down": attention + "q_a_proj",
+                OURS + "latent.output": attention + "o_proj",
+            }
+        ),
+        OURS + "latent.query.weight": Named(f"{attention}{query}.weight", query_layout),
         OURS + "latent.query_norm.scale": attention + "q_a_layernorm.weight",
-        OURS + "latent.down.weight": Named(attention + "kv_a_proj_with_mqa.weight", LATENT_DOWN),
         OURS + "latent.down_norm.scale": attention + "kv_a_layernorm.weight",
-        OURS + "latent.output.weight": attention + "o_proj.weight",
         (OURS + "latent.key.weight", OURS + "latent.value.weight"): Named(
             attention + "kv_b_proj.weight", KEY_VALUE_BY_HEAD
         ),
@@ -71,32 +86,7 @@ class Sizes:
         }
 
 
-class Scale:
-    """The scale of attention, which grows with the stretch of positions (V3).
-
-    yarn: whether it does.
-    """
-
-    def __init__(self, yarn):
-        self._yarn = yarn
-
-    def read(self, fields, found):
-        """As in `Option`; it comes before `Rotary`, which takes what is looked at here."""
-        rope = fields.peek("rope_parameters") or fields.peek("rope_scaling") or {}
-        scale = (found["head_size"] + found["latent"].rotary_size) ** -0.5
-        of_all = rope.get("mscale_all_dim")
-        if self._yarn and of_all and rope.get("factor", 1) > 1:
-            scale *= (0.1 * of_all * math.log(rope["factor"]) + 1) ** 2
-        found["attention_scale"] = scale
-
-    def write(self, config, values):
-        """As in `Option`."""
-        latent, scaling = config.latent or Latent(1), config.rotary_scaling
-        plain = (config.shape.H + latent.rotary_size) ** -0.5
-        growth = (config.attention_scale or plain) / plain
-        if scaling is not None and scaling.factor > 1 and growth > 1:
-            of_all = (growth**0.5 - 1) / (0.1 * math.log(scaling.factor))
-            values["_mscale_all_dim"] = round(of_all, 9)
+_SHARES = {True: "sigmoid", False: "sigmoid_all"}
 
 
 class Mixture:
@@ -117,16 +107,18 @@ class Mixture:
         found["expert_width"] = width
         found["shared_expert_width"] = width * (fields.take("n_shared_experts", int | None, 0) or 0)
         found["num_dense_layers"] = fields.take("first_k_dense_replace", int, 0)
-        found["expert_scale"] = fields.take("routed_scaling_factor", float, 1.0)
+        scale, groups, chosen = (2.5, 8, 4) if self._sigmoid else (1.0, 1, 1)
+        found["expert_scale"] = fields.take("routed_scaling_factor", float, scale)
         fields.only("moe_layer_freq", 1)
-        groups = fields.take("n_group", int | None, 1) or 1
-        chosen = fields.take("topk_group", int | None, 1) or 1
+        groups = fields.take("n_group", int | None, groups) or 1
+        chosen = fields.take("topk_group", int | None, chosen) or 1
         if self._sigmoid:
-            fields.only("norm_topk_prob", True)
+            shares = fields.choose("norm_topk_prob", _SHARES, True)
             fields.only("scoring_func", "sigmoid")
             fields.only("topk_method", "noaux_tc")
-            found["expert_gates"] = "sigmoid"
+            found["expert_gates"] = shares
         else:
+            # Where it is true DeepSeek's own program makes shares of the gates, transformers not.
             fields.only("norm_topk_prob", False)
             fields.only("scoring_func", "softmax")
             method = fields.choose(
@@ -151,22 +143,38 @@ class Mixture:
             "routed_scaling_factor": config.expert_scale,
             "n_group": groups,
             "topk_group": chosen,
-            "norm_topk_prob": self._sigmoid,
+            "norm_topk_prob": config.expert_gates == "sigmoid",
         }
         if not self._sigmoid:
             values["topk_method"] = "greedy" if groups == 1 else "group_limited_greedy"
 
 
 class StretchedRotary(Rotary):
-    """`Rotary`, with the keys by which DeepSeek scales attention too."""
+    """`Rotary`, and the scale of attention, which grows with the stretch of positions."""
+
+    def read(self, fields, found):
+        """As in `Option`."""
+        given = fields.peek("rope_parameters") or fields.peek("rope_scaling") or {}
+        super().read(fields, found)
+        scale, scaling = _plain_scale(found["head_size"], found["latent"]), found["rotary_scaling"]
+        of_all = given.get("mscale_all_dim")
+        if scaling is not None and scaling.factor > 1 and of_all:
+            scale *= (0.1 * of_all * math.log(scaling.factor) + 1) ** 2
+        found["attention_scale"] = scale
 
     def write(self, config, values):
         """As in `Option`."""
         super().write(config, values)
-        of_all = values.pop("_mscale_all_dim", None)
-        if of_all is not None:
+        plain, scaling = _plain_scale(config.shape.H, config.latent), config.rotary_scaling
+        growth = (config.attention_scale or plain) / plain
+        if scaling is not None and scaling.factor > 1 and growth > 1:
+            of_all = round((growth**0.5 - 1) / (0.1 * math.log(scaling.factor)), 9)
             for rope in values["rope_parameters"], values["rope_scaling"]:
                 rope |= {"mscale": of_all, "mscale_all_dim": of_all}
+
+
+def _plain_scale(head_size, latent):
+    return (head_size + (latent or Latent(1)).rotary_size) ** -0.5
 
 
 _SIZES = (
@@ -179,7 +187,7 @@ _SIZES = (
     activation(),
     tied(),
     Sizes(),
-    Only("attention_bias"),
+    ATTENTION_BIAS,
     Only("mlp_bias"),
     norm_epsilon(),
     Always({"layer_kinds": "latent"}),
@@ -188,7 +196,7 @@ _SIZES = (
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
-    (*_SIZES, Mixture(sigmoid=False), Scale(yarn=False), StretchedRotary()),
+    (*_SIZES, Mixture(sigmoid=False), StretchedRotary()),
     _table,
 )
 DEEPSEEK_V3 = Family(
@@ -197,14 +205,16 @@ DEEPSEEK_V3 = Family(
     (
         *_SIZES,
         Mixture(sigmoid=True),
-        Only("rope_interleave", (True,)),
+        Only("rope_interleave", (True, False)),
         Unused(
             ("num_nextn_predict_layers", "num_mtp_layers"),
             "layers that predict tokens further ahead are not read",
         ),
-        Scale(yarn=True),
         StretchedRotary(),
     ),
     _table,
     ignored=(r"model\.layers\.{L}\..*",),
+    variant=lambda values: _IN_HALVES if values.get("rope_interleave") is False else None,
 )
+# What turns lies in two halves already, as it does here.
+_IN_HALVES = replace(DEEPSEEK_V3, table=lambda config: _table(config, TRANSPOSED, TRANSPOSED))

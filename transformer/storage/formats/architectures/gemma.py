@@ -35,7 +35,6 @@ _SECOND = (
     *_SHARED,
     activation("hidden_activation", "gelu_pytorch_tanh"),
     Scale(),
-    Same("final_logit_softcapping", "logit_soft_cap", float | None, None),
 )
 
 
@@ -62,7 +61,8 @@ GEMMA2 = Family(
     "Gemma2ForCausalLM",
     (
         *_SECOND,
-        Same("attn_logit_softcapping", "attention_soft_cap", float | None, None),
+        Same("final_logit_softcapping", "logit_soft_cap", float | None, 30.0),
+        Same("attn_logit_softcapping", "attention_soft_cap", float | None, 50.0),
         Rotary(),
         SomeLayers(period=2),
         Always({"norm_placement": "both"}),
@@ -74,6 +74,7 @@ GEMMA3 = Family(
     "Gemma3ForCausalLM",
     (
         *_SECOND,
+        Same("final_logit_softcapping", "logit_soft_cap", float | None, None),
         Rotary(1_000_000.0, local_base=10_000.0),
         SomeLayers(period=6),
         Unused(("attn_logit_softcapping",), "Gemma 3 has the key, but its scores have no cap"),

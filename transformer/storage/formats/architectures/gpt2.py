@@ -1,5 +1,6 @@
 """GPT-2."""
 
+from transformer.storage.formats.architectures.neox import UNGATED
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.layouts import QKV_COLUMNS, QKV_VECTOR, SAME
 from transformer.storage.formats.options import Always, Chosen, Only, Same, Unused
@@ -36,6 +37,19 @@ def _table(config):
     }
 
 
+class Scale:
+    """`scale_attn_weights`: whether scores are divided by the root of the head size."""
+
+    def read(self, fields, found):
+        """As in `Option`."""
+        scaled = fields.take("scale_attn_weights", bool, True)
+        found["attention_scale"] = None if scaled else 1.0
+
+    def write(self, config, values):
+        """As in `Option`."""
+        values["scale_attn_weights"] = config.attention_scale != 1
+
+
 GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
@@ -47,23 +61,10 @@ GPT2 = Family(
         Same("n_head", "num_heads"),
         Same("n_inner", "feed_forward_width", int | None, None),
         Same("layer_norm_epsilon", "norm_epsilon", float, 1e-5),
-        Chosen(
-            "activation_function",
-            "feed_forward",
-            {
-                "gelu_new": "gelu",
-                "gelu_pytorch_tanh": "gelu",
-                "gelu_fast": "gelu",
-                "gelu": "gelu_exact",
-                "relu": "relu",
-                "silu": "silu",
-                "swish": "silu",
-            },
-            "gelu_new",
-        ),
+        Chosen("activation_function", "feed_forward", UNGATED, "gelu_new"),
         Same("tie_word_embeddings", "tie_embeddings", bool, True),
-        Only("scale_attn_weights", (True,)),
-        Only("scale_attn_by_inverse_layer_idx"),
+        Scale(),
+        Only("scale_attn_by_inverse_layer_idx"),  # layers here have one scale
         # It scales in another order, which gives the same numbers but for rounding.
         Only("reorder_and_upcast_attn", (False, True)),
         Unused(("n_ctx",), "it is n_positions under an old name"),

@@ -104,21 +104,26 @@ ATTENTION_BIAS = Chosen(
 )
 
 
+_BIASES = {
+    (False, False): "none",
+    (True, False): "attention",
+    (False, True): "feed_forward",
+    (True, True): "all",
+}
+
+
 class Biases:
-    """`attention_bias` and `mlp_bias`, which together are on all projections, or one alone."""
+    """`attention_bias` and `mlp_bias`."""
 
     def read(self, fields, found):
         """As in `Option`."""
-        attention = fields.take("attention_bias", bool, False)
-        feed_forward = fields.take("mlp_bias", bool, False)
-        if feed_forward and not attention:
-            raise fields.refused("mlp_bias without attention_bias", "give both, or none")
-        found["biases"] = "all" if feed_forward else "attention" if attention else "none"
+        given = (fields.take(name, bool, False) for name in ("attention_bias", "mlp_bias"))
+        found["biases"] = _BIASES[tuple(given)]
 
     def write(self, config, values):
         """As in `Option`."""
-        values["attention_bias"] = config.biases in ("attention", "all")
-        values["mlp_bias"] = config.biases == "all"
+        values["attention_bias"] = config.biased("output")
+        values["mlp_bias"] = config.biased("feed_forward")
 
 
 LLAMA = Family(

@@ -38,20 +38,22 @@ class NumExperts:
 
 
 class DenseLayers:
-    """Which layers of Qwen 3 have no experts; here those can only be the first ones."""
+    """Layers of Qwen without experts: those named, and all but every `decoder_sparse_step`-th."""
 
     def read(self, fields, found):
         """As in `Option`."""
-        fields.only("decoder_sparse_step", 1)
-        dense = fields.take("mlp_only_layers", tuple[int, ...] | None, None) or ()
-        if sorted(dense) != list(range(len(dense))):
-            raise fields.refused(f"mlp_only_layers={list(dense)}", "it must be the first layers")
-        found["num_dense_layers"] = len(dense)
+        step = fields.take("decoder_sparse_step", int, 1)
+        if step < 1:
+            raise fields.refused(f"decoder_sparse_step={step}", "it must be at least 1")
+        named = fields.take("mlp_only_layers", tuple[int, ...] | None, None) or ()
+        layers = range(found["num_layers"])
+        dense = tuple(n for n in layers if n in named or (n + 1) % step)
+        found["num_dense_layers"] = len(dense) if dense == tuple(range(len(dense))) else dense
 
     def write(self, config, values):
         """As in `Option`."""
         values["decoder_sparse_step"] = 1
-        values["mlp_only_layers"] = list(range(config.num_dense_layers))
+        values["mlp_only_layers"] = sorted(config.dense_layers)
 
 
 MIXTRAL = Family(
@@ -85,7 +87,7 @@ OLMOE = Family(
         tied(),
         ATTENTION_BIAS,
         Rotary(),
-        Only("clip_qkv", (None,)),
+        Same("clip_qkv", "qkv_clip", float | None, None),
         Always({"qk_norm": True, "qk_norm_over": "all"}),
     ),
     experts,
@@ -148,6 +150,13 @@ def _gpt_oss(config):
     }
 
 
+_SCALING = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+
 GPT_OSS = Family(
     "gpt_oss",
     "GptOssForCausalLM",
@@ -158,15 +167,15 @@ GPT_OSS = Family(
         CHOSEN,
         norm_epsilon(1e-5),
         tied(),
-        Rotary(150_000.0),
+        Rotary(150_000.0, scaling=_SCALING),
         SomeLayers(period=2, default=128),
         Quantised(),
-        Only("attention_bias", (True,)),
+        Chosen("attention_bias", "biases", {True: "all", False: "feed_forward"}, True),
         Only("hidden_act", ("silu",)),
         Only("swiglu_limit", (7.0,)),
         Only("swiglu_alpha", (1.702,)),
         Only("experts_per_token", (None, 4)),  # what the first files called num_experts_per_tok
-        Always({"attention_sinks": True, "biases": "all", "feed_forward": "swiglu_clipped"}),
+        Always({"attention_sinks": True, "feed_forward": "swiglu_clipped"}),
     ),
     _gpt_oss,
 )

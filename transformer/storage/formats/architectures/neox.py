@@ -14,6 +14,8 @@ UNGATED = {
     "gelu_pytorch_tanh": "gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
 }
 
 
@@ -55,9 +57,9 @@ GPT_NEOX = Family(
         Same("use_parallel_residual", "parallel_residual", bool, True),
         Same("tie_word_embeddings", "tie_embeddings", bool, False),
         Rotary(partial=True, fraction=0.25, base_key="rotary_emb_base", fraction_key="rotary_pct"),
-        Only("attention_bias", (True,)),
+        Chosen("attention_bias", "biases", {True: "all", False: "feed_forward"}, True),
         Only("is_decoder", (False, True)),
-        Always({"norm": "layer", "biases": "all"}),
+        Always({"norm": "layer"}),
     ),
     _table,
     prefix="gpt_neox.",

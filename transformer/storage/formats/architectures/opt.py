@@ -16,6 +16,8 @@ def _table(config):
         "embedding": "model.decoder.embed_tokens.weight",
         "positions": Named("model.decoder.embed_positions.weight", BEHIND_TWO),
         "output.weight": "lm_head.weight",
+        "embedding_in.weight": "model.decoder.project_in.weight",
+        "embedding_out.weight": "model.decoder.project_out.weight",
         **biased(
             {
                 "final_norm": "model.decoder.final_layer_norm",
@@ -30,15 +32,16 @@ def _table(config):
 
 
 class EmbeddingWidth:
-    """`word_embed_proj_dim`, which must be the width of the model."""
+    """`word_embed_proj_dim`, the width of the model or another one."""
 
     def read(self, fields, found):
         """As in `Option`."""
-        fields.only("word_embed_proj_dim", None, found["width"])
+        width = fields.take("word_embed_proj_dim", int | None, None)
+        found["embedding_width"] = None if width == found["width"] else width
 
     def write(self, config, values):
         """As in `Option`."""
-        values["word_embed_proj_dim"] = config.width
+        values["word_embed_proj_dim"] = config.embedding_width or config.width
 
 
 OPT = Family(
@@ -55,10 +58,10 @@ OPT = Family(
         Chosen("do_layer_norm_before", "norm_placement", {True: "pre", False: "post"}, True),
         Same("tie_word_embeddings", "tie_embeddings", bool, True),
         EmbeddingWidth(),
-        Only("enable_bias", (True,)),
+        Chosen("enable_bias", "biases", {True: "all", False: "norms"}, True),
         Only("layer_norm_elementwise_affine", (True,)),
         Only("_remove_final_layer_norm"),
-        Always({"positions": "learned", "norm": "layer", "biases": "all", "norm_epsilon": 1e-5}),
+        Always({"positions": "learned", "norm": "layer", "norm_epsilon": 1e-5}),
     ),
     _table,
 )

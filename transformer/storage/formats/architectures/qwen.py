@@ -1,4 +1,6 @@
-"""Qwen 2 and 3, and Qwen3-Next."""
+"""Qwen 2 and 3, Qwen2-MoE and Qwen3-Next."""
+
+from dataclasses import replace
 
 from transformer.config import Delta
 from transformer.storage.formats.architectures.llama import (
@@ -26,8 +28,9 @@ from transformer.storage.formats.layouts import (
     DELTA_STEPS,
     PLUS_ONE,
     QUERY_AND_GATE,
+    SAME,
 )
-from transformer.storage.formats.options import Always, Only, Same
+from transformer.storage.formats.options import Always, Chosen, Same
 from transformer.storage.formats.rotary import Rotary
 from transformer.storage.formats.tables import Named
 from transformer.storage.formats.windows import SomeLayers, shortest
@@ -102,28 +105,42 @@ class Sizes:
 class SharedExpert:
     """The width of the expert that all tokens run through, which has a gate."""
 
+    def __init__(self, default):
+        """default: the width where none is given."""
+        self._default = default
+
     def read(self, fields, found):
         """As in `Option`."""
-        found["shared_expert_width"] = fields.take("shared_expert_intermediate_size", int, 512)
-        found["shared_expert_gate"] = True
+        width = fields.take("shared_expert_intermediate_size", int, self._default)
+        found |= {"shared_expert_width": width, "shared_expert_gate": True}
 
     def write(self, config, values):
         """As in `Option`."""
         values["shared_expert_intermediate_size"] = config.shared_expert_width
 
 
-def _next_table(config):
-    theirs, ours, mixture = LAYER + "linear_attn.", OURS + "delta.", OURS + "experts."
+def _shared_experts(config, norm_layout=SAME):
+    mixture = OURS + "experts."
     return {
-        **experts(config, norm_layout=PLUS_ONE),
+        **experts(config, norm_layout=norm_layout),
         **{
             f"{mixture}shared.{ours}.weight": f"{LAYER}mlp.shared_expert.{theirs}.weight"
             for ours, theirs in DENSE.items()
         },
         mixture + "shared_gate.weight": LAYER + "mlp.shared_expert_gate.weight",
-        (OURS + "mixer.query.weight", OURS + "mixer.gate.weight"): Named(
-            LAYER + "self_attn.q_proj.weight", QUERY_AND_GATE
-        ),
+    }
+
+
+def _next_table(config):
+    theirs, ours, mixer = LAYER + "linear_attn.", OURS + "delta.", OURS + "mixer."
+    return {
+        **_shared_experts(config, PLUS_ONE),
+        **{
+            (f"{mixer}query.{kind}", f"{mixer}gate.{kind}"): Named(
+                f"{LAYER}self_attn.q_proj.{kind}", QUERY_AND_GATE
+            )
+            for kind in ("weight", "bias")
+        },
         (ours + "channels.weight", ours + "gate.weight"): Named(
             theirs + "in_proj_qkvz.weight", DELTA_CHANNELS
         ),
@@ -138,6 +155,22 @@ def _next_table(config):
     }
 
 
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    (
+        *_SHARED,
+        NumExperts(),
+        CHOSEN,
+        GATES,
+        Same("moe_intermediate_size", "expert_width", int, 1408),
+        SharedExpert(5632),
+        DenseLayers(),
+        SomeLayers(every_other=True),
+        Chosen("qkv_bias", "biases", {True: "qkv", False: "none"}, True),
+    ),
+    _shared_experts,
+)
 QWEN3_NEXT = Family(
     "qwen3_next",
     "Qwen3NextForCausalLM",
@@ -147,13 +180,13 @@ QWEN3_NEXT = Family(
         Same("head_dim", "head_size", int, 256),
         NumExperts(),
         CHOSEN,
-        GATES,
+        replace(GATES, default=True),
         Same("moe_intermediate_size", "expert_width", int, 512),
-        SharedExpert(),
+        SharedExpert(512),
         DenseLayers(),
         Kinds(),
         Sizes(),
-        Only("attention_bias"),
+        ATTENTION_BIAS,
         Always({"qk_norm": True, "attention_gate": True}),
     ),
     _next_table,
