@@ -48,9 +48,9 @@ def project(spec, params, x, i):
     """What the token asks and writes: x [E] -> q [N, H], k [K, H], v [K, H]."""
     mixer = params.mixer
     x = norm(spec, params.mixer_norm, x)
-    q = _clipped(spec, _heads(spec, linear(spec, mixer.query, x), mixer.q_norm))
-    k = _clipped(spec, _heads(spec, linear(spec, mixer.key, x), mixer.k_norm))
-    v = _clipped(spec, _heads(spec, linear(spec, mixer.value, x)))
+    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
+    k = _heads(spec, linear(spec, mixer.key, x), mixer.k_norm)
+    v = _heads(spec, linear(spec, mixer.value, x))
     if spec.config.positions == "rotary":
         q, k = rotate(spec, q, i), rotate(spec, k, i)
     return q, k, v
@@ -61,7 +61,7 @@ def query(spec, params, x, i):
     """What a token asks that writes nothing: x [E] -> q [N, H]."""
     mixer = params.mixer
     x = norm(spec, params.mixer_norm, x)
-    q = _clipped(spec, _heads(spec, linear(spec, mixer.query, x), mixer.q_norm))
+    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
     return rotate(spec, q, i) if spec.config.positions == "rotary" else q
 
 
@@ -119,12 +119,9 @@ def init(spec, make, key):
 
 def _heads(spec, x, params=None):
     """All heads in a row [heads * H] -> [heads, H], normalised before or after they are parted."""
-    if spec.config.qk_norm_over == "all":
-        return norm(spec, params, x).reshape(-1, spec.config.shape.H)
-    return norm(spec, params, x.reshape(-1, spec.config.shape.H))
-
-
-def _clipped(spec, x):
-    """x, none of whose numbers is larger than the config allows, of either sign."""
-    bound = spec.config.qkv_clip
-    return x if bound is None else x.clip(-bound, bound)
+    config = spec.config
+    if config.qk_norm_over == "all":
+        x = norm(spec, params, x).reshape(-1, config.shape.H)
+    else:
+        x = norm(spec, params, x.reshape(-1, config.shape.H))
+    return x if config.qkv_clip is None else x.clip(-config.qkv_clip, config.qkv_clip)
