@@ -16,6 +16,7 @@ import jax
 from llvmlite import ir
 
 from kernels.cpu import code as words
+from kernels.cpu import kept
 from kernels.cpu.code import Code, Value
 from kernels.tracing import target
 
@@ -83,15 +84,20 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def register(kernel: Kernel) -> str:
-    """Compiles a kernel and tells XLA of it; returns its name."""
+    """Compiles a kernel, unless its machine code is kept, and tells XLA of it; returns its name."""
+    code = kept.machine_code(kernel.name, functools.partial(_compiled, kernel))
+    address = words.linked(code, kernel.name)
+    pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+    jax.ffi.register_ffi_target(kernel.name, jax.ffi.pycapsule(pointer), platform="cpu")
+    return kernel.name
+
+
+def _compiled(kernel):
     module = ir.Module(kernel.name)
     task = words.function(module, f"{kernel.name}_task", functools.partial(_task, kernel))
     write = functools.partial(_handler, kernel, task, _api())
     words.function(module, kernel.name, write)
-    address = words.compiled(module, kernel.name)
-    pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
-    jax.ffi.register_ffi_target(kernel.name, jax.ffi.pycapsule(pointer), platform="cpu")
-    return kernel.name
+    return words.machine_code(module)
 
 
 def is_available() -> bool:

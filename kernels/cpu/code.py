@@ -8,6 +8,7 @@ a sum is the order in which it is written down.
 import contextlib
 from functools import cache, partialmethod
 
+import llvmlite
 from llvmlite import binding, ir
 
 LANES = 8  # floats of a vector, unless said otherwise; a narrower machine takes two of its own
@@ -325,8 +326,8 @@ def has_fma() -> bool:
     return "fma" not in processor or processor["fma"]
 
 
-def compiled(module: ir.Module, name: str) -> int:
-    """The address of a function of a module, as machine code for this processor."""
+def machine_code(module: ir.Module) -> bytes:
+    """A module as an object file for this processor."""
     machine = _machine()
     code = binding.parse_assembly(str(module))
     code.verify()
@@ -335,10 +336,22 @@ def compiled(module: ir.Module, name: str) -> int:
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(code, passes)
-    engine = binding.create_mcjit_compiler(code, machine)
+    return machine.emit_object(code)
+
+
+def linked(code: bytes, name: str) -> int:
+    """The address of a function of an object file, which is loaded."""
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)  # its memory holds the machine code
     return engine.get_function_address(name)
+
+
+def processor() -> str:
+    """What machine code depends on besides its module."""
+    features = binding.get_host_cpu_features().flatten()
+    return f"{llvmlite.__version__} {binding.get_host_cpu_name()} {features}"
 
 
 _engines = []
