@@ -36,6 +36,8 @@ def main():
         points = combinations(given.over)
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
+        if int(task) >= len(points):
+            cli.fail(f"SLURM_ARRAY_TASK_ID={task}, but there are {len(points)} combinations.")
         chosen = list(points)[int(task)]
         sys.exit(train(given.workdir / chosen, points[chosen], given.train))
     with ThreadPoolExecutor(given.jobs) as pool:

@@ -51,9 +51,10 @@ def main(argv):
     del argv
     cli.outlive_readers()
     cli.print_notices()
-    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+    by_hand = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    if _DISTRIBUTED.value or any(value is not None for value in by_hand):
         with cli.user_errors(ValueError, RuntimeError):
-            hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            hosts.join(*by_hand)
         if not hosts.is_main():
             cli.silence()
     with hosts.failing_at_once():

@@ -1,6 +1,7 @@
 """What a run writes into its work directory and on the terminal, whatever it trains for."""
 
 import contextlib
+import errno
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,6 +52,10 @@ class Outputs:
         self.progress = opened.enter_context(Progress(start, experiment.train.steps))
         write_json(own / EXPERIMENT_FILE, experiment.to_dict())
         write_description(own, model, tokenizer)
+        hosts.wait("the first process has written the config")
+        if not (workdir / EXPERIMENT_FILE).exists():
+            why = "the first process wrote it, and this one does not see it; give a folder for all"
+            raise FileNotFoundError(errno.ENOENT, why, str(workdir / EXPERIMENT_FILE))
         self._checkpoints.discard_after(start)
 
     def save(self, step: int, state, data, loss: float | None = None) -> None:

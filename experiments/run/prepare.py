@@ -20,6 +20,7 @@ from transformer.data.corpus import read_corpus
 from transformer.data.documents import Document, counted, cut, default_length
 from transformer.data.split import split
 from transformer.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
+from transformer.devices import hosts
 from transformer.devices.layout import (
     param_shardings,
     process_rows,
@@ -84,9 +85,12 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
     with named_in_full("data", Data):
         training, held_out = split(read_documents(data), data.validation_fraction)
     begun = (workdir / CONFIG_FILE).exists()
-    saved = begun and bool(Checkpoints(workdir, read_only=True).steps)
+    steps = Checkpoints(workdir, read_only=True).steps if begun else []
+    hosts.require_same("the config", experiment)
+    hosts.require_same(f"what --workdir={workdir} holds", steps)
+    hosts.require_same("the corpus", [(text.name, len(text.text)) for text in training])
     adapts = experiment.lora.rank is not None
-    needed = experiment.init.path is not None and (adapts or not saved)
+    needed = experiment.init.path is not None and (adapts or not steps)
     given = given_model(experiment) if needed else None
     if begun:
         tokenizer = Tokenizer.load(workdir)
@@ -165,7 +169,7 @@ def prepare(experiment: Experiment, workdir: Path) -> TrainingRun | None:
         train_step=train_step,
         batches=batches,
         validation=validation,
-        shard=partial(shard_rows, mesh),
+        shard=partial(shard_rows, mesh, data.batch_size),
     )
 
 

@@ -5,10 +5,12 @@ kernel on every device. But attention is independent for each sequence, and for 
 its query heads, and this module tells XLA so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
@@ -61,7 +63,7 @@ def split_by_rows_and_heads(
     split = custom_partitioning(of_arrays)
     split.def_partition(
         partition,
-        decode_shardings=True,
+        decode_shardings=False,  # JAX refuses some; see `_names`
         sharding_rule=_rule(present, result_axes, num_heads // num_kv_heads),
     )
     return split(*(operands[n] for n in given))
@@ -112,25 +114,26 @@ def varying(x) -> frozenset[str]:
 
 def _split(mesh, shapes, axes, num_kv_heads):
     """The mesh axes over which rows and heads are split: those of the first operand."""
+    rows, heads = (_names(mesh, shapes[0], axes[0].index(letter)) for letter in "bn")
+    return rows, None if num_kv_heads % math.prod(mesh.shape[name] for name in heads) else heads
 
-    def spec(operand, letter):
-        sharding = shapes[operand].sharding
-        axis = axes[operand].index(letter)
-        if not isinstance(sharding, NamedSharding) or axis >= len(sharding.spec):
-            return None
-        return sharding.spec[axis]
 
-    def parts(names):
-        names = (names,) if isinstance(names, str) else names or ()
-        product = 1
-        for name in names:
-            product *= mesh.shape[name]
-        return product
+def _names(mesh, x, axis):
+    """The mesh axes that an axis of x is split over.
 
-    rows, heads = spec(0, "b"), spec(0, "n")
-    if shapes[0].shape[axes[0].index("b")] % parts(rows):
-        rows = None
-    return rows, None if num_kv_heads % parts(heads) else heads
+    None of them where that is uneven, or by a part of a mesh axis: four heads lie on a mesh axis of
+    eight as four parts, each of them split in its last axis too.
+    """
+    try:
+        indices = x.sharding.devices_indices_map(x.shape)
+    except ValueError:
+        return ()
+    begins = np.vectorize(lambda device: indices[device][axis].start or 0)(mesh.devices)
+    names = [
+        name for n, name in enumerate(mesh.axis_names) if (begins != begins.take([0], axis=n)).any()
+    ]
+    is_whole = len(np.unique(begins)) == math.prod(mesh.shape[name] for name in names)
+    return tuple(names) if is_whole else ()
 
 
 def _rule(axes, result_axes, group):

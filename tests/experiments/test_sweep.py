@@ -60,9 +60,11 @@ def test_a_run_that_fails_is_named(trained, monkeypatch, tmp_path, capsys):
     assert "1 of 2 runs failed" in capsys.readouterr().err
 
 
-def test_a_task_of_an_array_does_its_own(trained, monkeypatch, tmp_path):
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+def test_a_task_of_an_array_does_its_own(trained, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep", "--over=model.width=31 32", f"--workdir={tmp_path}"])
-    with pytest.raises(SystemExit):
-        sweep.main()
+    for task in "12":
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        with pytest.raises(SystemExit):
+            sweep.main()
     assert [settings for settings, _ in trained] == [{"model.width": "32"}]
+    assert "ID=2, but there are 2 combinations" in capsys.readouterr().err

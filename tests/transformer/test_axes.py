@@ -172,7 +172,7 @@ def generated(request, seed):
     meshes = ["data=2,tensor=2"]
     thorough = request.config.getoption("--thorough")
     if thorough:
-        meshes += ["data=4", "tensor=2", "data=2,fsdp=2,tensor=2"]
+        meshes += ["data=4", "tensor=2", "tensor=8", "data=2,fsdp=2,tensor=2"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), str(seed), json.dumps(thorough), *meshes],

@@ -1,5 +1,6 @@
 """Several processes that run as one, each with its own devices: on JAX's own runtime."""
 
+import hashlib
 import os
 import sys
 import traceback
@@ -75,6 +76,27 @@ def wait(why: str) -> None:
     """Returns once every process has called this; `why` is the same text on all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(why)
+
+
+def require_same(what: str, value) -> None:
+    """Refuses processes that would not do the same, and would wait for each other; all call it.
+
+    Args:
+      what: names the value to a reader.
+      value: anything whose `repr` says it all.
+
+    Raises:
+      ValueError: the value is not that of process 0 everywhere.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    if others := [n for n, other in enumerate(digests) if (other != digests[0]).any()]:
+        raise ValueError(
+            f"{what} is not the same on all processes: process 0 has another than "
+            f"{', '.join(map(str, others))}."
+        )
 
 
 def gather(tree):

@@ -128,10 +128,12 @@ def process_rows(mesh: Mesh, B: int) -> tuple[int, int]:
     return begin // size, B // size
 
 
-def shard_rows(mesh: Mesh, rows: Batch) -> Batch:
-    """Lays a batch on the mesh, of which each process has its part of the rows, `process_rows`."""
-    at = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(at, x), rows)
+def shard_rows(mesh: Mesh, B: int, rows: Batch) -> Batch:
+    """Lays a batch of B rows on the mesh; each process has its part of them, `process_rows`."""
+    at, T = batch_sharding(mesh), rows.tokens.shape[1]
+    # The shape is given, as a process of a part of the tokens has whole rows too.
+    whole = lambda x: jax.make_array_from_process_local_data(at, x, (B, T))
+    return jax.tree.map(whole, rows)
 
 
 def check_batch(mesh: Mesh, B: int, T: int) -> None:

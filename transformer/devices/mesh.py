@@ -39,7 +39,7 @@ def mesh_shape(sizes: str, num_devices: int) -> dict[str, int]:
     Raises:
       ValueError: as in `make_mesh`.
     """
-    shape = dict.fromkeys(MESH_AXES, 1)
+    shape, given = dict.fromkeys(MESH_AXES, 1), set()
     for part in filter(None, sizes.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in shape:
@@ -51,6 +51,9 @@ def mesh_shape(sizes: str, num_devices: int) -> dict[str, int]:
                 f"mesh={sizes!r} has {part!r}; a size is at least 1, or -1 for as many as there "
                 "are devices for."
             )
+        if name in given:
+            raise ValueError(f"mesh={sizes!r} gives the size of {name!r} twice.")
+        given.add(name)
         shape[name] = int(size)
     rest = [name for name, size in shape.items() if size == -1]
     if len(rest) > 1:

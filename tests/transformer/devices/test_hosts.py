@@ -10,6 +10,7 @@ from transformer.devices import hosts
 def test_one_process_is_all_there_is():
     assert hosts.is_main()
     hosts.wait("for nobody")
+    hosts.require_same("what it does", object())
     gathered = hosts.gather({"a": jnp.arange(3), "b": np.ones(2)})
     assert isinstance(gathered["a"], np.ndarray)
     np.testing.assert_array_equal(gathered["a"], [0, 1, 2])

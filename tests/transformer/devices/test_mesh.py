@@ -27,6 +27,7 @@ def test_sizes(text, sizes):
         ("data=two", "has 'data=two'; a size is at least 1, or -1"),
         ("data", "has 'data'; a size"),
         ("data=0", "has 'data=0'; a size"),
+        ("data=2,fsdp=2,data=4", "gives the size of 'data' twice"),
         ("data=-1,fsdp=-1", "several sizes of -1"),
         ("data=16", "takes 16 devices, and there are 8"),
         ("data=-1,fsdp=3", "takes a multiple of 3 devices, and there are 8"),
