@@ -46,6 +46,7 @@ def machine_code(name: str, make: Callable[[], bytes]) -> bytes:
 def _origin():
     """A number for the sources of kernels and for what else machine code depends on."""
     number = hashlib.sha256(f"{jaxlib.__version__} {code.processor()}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *(here.parent / "exact").glob("*.py")]):
         number.update(path.read_bytes())
     return number.hexdigest()[:32]
