@@ -38,7 +38,15 @@ def join(
             f"{coordinator_address=}, {num_processes=}, {process_id=}; give all three, or none of "
             "them where a cluster's environment says them."
         )
-    jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError as error:
+        if any(x is not None for x in given):
+            raise
+        raise ValueError(
+            "JAX finds no Slurm, Open MPI, Kubernetes or Cloud TPU here; give coordinator_address, "
+            f"num_processes and process_id. ({error})"
+        ) from error
 
 
 @contextmanager

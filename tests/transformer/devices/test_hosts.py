@@ -21,3 +21,14 @@ def test_one_process_is_all_there_is():
 def test_half_of_an_address_is_refused():
     with pytest.raises(ValueError, match="give all three, or none of them"):
         hosts.join("127.0.0.1:1234", 2)
+
+
+def test_no_cluster_is_said(monkeypatch):
+    def initialize(*given, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    with pytest.raises(ValueError, match=r"JAX finds no Slurm.*should be defined"):
+        hosts.join()
+    with pytest.raises(ValueError, match=r"^coordinator_address"):
+        hosts.join("127.0.0.1:1234", 2, 5)
