@@ -551,7 +551,8 @@ class Config:
     def dense_layers(self) -> frozenset[int]:
         """The numbers of the layers that have no experts, where others have them."""
         given = self.num_dense_layers
-        return frozenset(given if isinstance(given, tuple) else range(given))
+        first = range(self.num_layers)[:given] if isinstance(given, int) else given
+        return frozenset(first)
 
     @property
     def rotary_size(self) -> int:

@@ -95,6 +95,13 @@ def test_what_does_not_fit_is_refused(fields, message):
         Config(**(SIZES | fields))
 
 
+def test_layers_without_experts_are_the_first_ones_or_those_named():
+    config = Config(**SIZES, num_experts=2, num_dense_layers=2)
+    assert config.dense_layers == {0, 1}
+    assert config.replace(num_dense_layers=(1, 3)).dense_layers == {1, 3}
+    assert config.replace(num_dense_layers=10**30).dense_layers == {0, 1, 2, 3}
+
+
 def test_rotary_scaling_is_checked():
     with pytest.raises(ValueError, match="kind='cubic'; choose one of linear, ntk, llama3, yarn"):
         RotaryScaling("cubic", 2.0)

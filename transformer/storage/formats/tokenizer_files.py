@@ -76,8 +76,8 @@ def _template(directory, settings):
         return (directory / _TEMPLATE).read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by names
-        named = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}
-        template = named.get("default")
+        default = (x for x in template if isinstance(x, dict) and x.get("name") == "default")
+        template = next(default, {}).get("template")
     return template if isinstance(template, str) else None
 
 
