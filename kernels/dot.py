@@ -58,10 +58,13 @@ def _(x, w, *, turned, by_output):
 
 
 def _batch(axis, operands, dims, **how):
+    dims = tuple(dims)
     x, w = (
         operand if dim is None else jnp.moveaxis(operand, dim, 0)
         for operand, dim in zip(operands, dims, strict=True)
     )
+    if dims == (None, None):
+        return dot(x, w, **how), None
     if dims[1] is None and not how["turned"]:  # more rows
         y = dot(x.reshape(-1, x.shape[-1]), w, **how)
         return y.reshape(axis.size, -1, y.shape[-1]), 0

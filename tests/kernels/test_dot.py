@@ -65,3 +65,9 @@ def test_tokens_become_rows():
         if eqn.primitive is dot_p
     ]
     assert shapes == [[(15, 64), (64, 64)]]
+
+
+def test_what_is_not_mapped_is_computed_once():
+    x, w = jnp.ones((8, 64)), jnp.ones((64, 64))
+    y = jax.vmap(lambda a: a + dot(x, w).sum() + jax.grad(lambda w: dot(x, w).sum())(w).sum())
+    np.testing.assert_array_equal(y(jnp.arange(3.0)), jnp.arange(3) + 64 * 8 * 64 + 8 * 64 * 64)
