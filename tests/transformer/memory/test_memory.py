@@ -146,7 +146,7 @@ def row(tree, n):
 
 
 def stack(trees):
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
 def shapes(cells):
