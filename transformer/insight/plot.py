@@ -8,7 +8,7 @@ from transformer.insight.flow import Flow
 
 
 def token_texts(tokenizer, tokens) -> list[str]:
-    """The text of each token by itself, and the names of special ones, such as <|endoftext|>.
+    """The text of each token by itself, and the names of special ones, as of the end of a text.
 
     Bytes that are a part of a character are written as in "\\xe4".
     """
