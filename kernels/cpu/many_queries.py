@@ -72,7 +72,7 @@ def attend(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
         cells=np.int64(S),
         heads=np.int64(K),
         layers=np.int64(keys.size // (B * K * S * H)),
-        queries=np.int64(max(1, min(_ROWS, _SCORES // S) * K // N)),
+        queries=np.int64(max(1, min(_ROWS, _SCORES // max(1, S)) * K // N)),
         window=np.int64(options.window or 2**31),
     )
     empty = whole == 0
