@@ -112,7 +112,7 @@ class _Sizes(NamedTuple):
     @property
     def score_step(self):
         """Bytes of a row of scores: not a power of two, so that rows do not share cache lines."""
-        return ((self.cells + (TILE - 1)) // TILE * TILE + (TILE + LANES)) * 4
+        return ((self.cells + (TILE - 1)) // TILE * TILE + (TILE + COLUMNS + LANES)) * 4
 
     @property
     def sum_step(self):
@@ -209,7 +209,8 @@ class _Part(NamedTuple):
         code, s = self.code, self.sizes
         keys, dtype = self.keys
         step = s.H * TYPES[dtype]
-        with code.loop(origin + (first - origin) // COLUMNS * COLUMNS, stop, COLUMNS) as cell:
+        begin = code.larger(origin + (first - origin) // COLUMNS * COLUMNS, 0)
+        with code.loop(begin, stop, COLUMNS) as cell:
             here = scores + (cell - origin) * 4
             clear(code, here, count, s.score_step)
             with code.loop(0, s.H, TERMS) as h:
@@ -250,7 +251,7 @@ class _Part(NamedTuple):
         with code.loop(origin, stop, TILE) as tile, code.loop(0, s.Hv, COLUMNS) as h:
             clear(code, chains, count)
             end = code.smaller(tile + TILE, stop)
-            with code.loop(tile, end, TERMS) as cell:
+            with code.loop(code.larger(tile, 0), end, TERMS) as cell:
                 terms, at = code.smaller(end - cell, TERMS), values + cell * step
                 copy_rows(code, at + h * TYPES[dtype], step, dtype, terms, s.Hv - h, panel)
                 steps = s.score_step, 4

@@ -40,7 +40,8 @@ class Queries(NamedTuple):
         """Cells first <= p < stop that query t sees; none if they are not in this order."""
         code = self.code
         i = code.small_integer(self.positions.address + (self.row + t) * 4)
-        return code.larger(i - self.window + 1, start), code.smaller(i + 1, self.cells)
+        first = code.larger(code.larger(i - self.window + 1, start), 0)
+        return first, code.smaller(i + 1, self.cells)
 
     def span(self, begin, end, start):
         """Cells first <= p < stop that hold all that queries begin <= t < end see."""
@@ -67,11 +68,10 @@ class Queries(NamedTuple):
             at.set(after.get())
 
     def _start(self, t):
-        """The first position that query t may read."""
+        """The first position that query t may read; it may lie before all cells."""
         code, start = self.code, self.code.variable(0)
         with code.when(self.starts.size(0) > 0):
-            held = code.small_integer(self.starts.address + (self.row + t) * 4)
-            start.set(code.larger(held, 0))
+            start.set(code.small_integer(self.starts.address + (self.row + t) * 4))
         return start.get()
 
     def _goes_on(self, t, end, start):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core
 
+from kernels.tracing.loops import scan_parts
 from transformer import Config, init_cache, presets, program, run
 from transformer.memory.instruction import read_p, write_read_p
 from transformer.numerics.layouts import dot_by_output_p
@@ -59,9 +60,8 @@ class Walk:
             shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
             return self(inner(*shapes), marks)
         if name == "scan":
-            return self._loop(
-                eqn.params["jaxpr"], marks, eqn.params["num_consts"], eqn.params["num_carry"]
-            )
+            consts, carry, _ = scan_parts(eqn, marks)
+            return self._loop(eqn.params["jaxpr"], marks, len(consts), len(carry))
         if name == "while":
             first, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
             return self._loop(eqn.params["body_jaxpr"], marks[first:], consts, count)
