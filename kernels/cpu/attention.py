@@ -32,7 +32,7 @@ def can_read(blocks: Blocks, q, shared: Shared, options: Options) -> bool:
         return False
     arrays = jax.tree.leaves(blocks.arrays)
     (S, H), Hv = arrays[0].shape[-2:], arrays[-1].shape[-1]
-    fits = len(arrays) == 2 and H % LANES == Hv % LANES == 0
+    fits = len(arrays) == 2 and S > 0 and H % LANES == Hv % LANES == 0
     fits = fits and all(x.dtype.name in TYPES for x in (*arrays, q))
     return fits and (not options.exact or exact.is_in_order(S, H, Hv))
 
@@ -60,7 +60,7 @@ def read(blocks: Blocks, i, q, shared: Shared, options: Options):
 def _call(static, q, keys, values, i, layer, sinks):
     """q [B, N, H], keys [..., K, S, H], values [..., K, S, Hv], i [B] -> [z [B, N, Hv]]."""
     (B, N, H), (K, S, _), Hv = q.shape, keys.shape[-3:], values.shape[-1]
-    layers = keys.size // (B * K * S * H)
+    layers = 1 if layer is None else keys.shape[-4]
     result = jax.ShapeDtypeStruct((B, K, N // K, Hv), jnp.float32)
     # Room for the scores, from the beginning of the first tile on.
     scores = jax.ShapeDtypeStruct((B, K, N // K, -(-S // TILE) * TILE + TILE), jnp.float32)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.code import LANES, Code, Value
-from kernels.cpu.queries import Queries
+from kernels.cpu.queries import Queries, position_operands
 from kernels.cpu.softmax import exp
 from kernels.cpu.tiles import COLUMNS, ROW, TYPES, clear, copy_columns, copy_rows, multiply
 from kernels.operands import Where
@@ -36,15 +36,13 @@ def gradients(q, keys, values, dz, lse, delta, where: Where, options: Options):
     """
     (B, T, N, H), (K, S), Hv = q.shape, keys.shape[1:3], values.shape[-1]
     wide = lambda x: x.astype(jnp.float32)
-    rows = lambda x: jnp.broadcast_to(x, (B, T)).astype(jnp.int32)
-    starts = jnp.zeros((0, 0), jnp.int32) if where.q_starts is None else rows(where.q_starts)
     shapes = (B, T, N, H), (B, K, S, H), (B, K, S, Hv)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     kernel = register(_kernel(keys.dtype.name, values.dtype.name))
     call = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")
     dq, dkeys, dvalues = call(
         *(wide(q) * options.scale, keys, values, wide(dz), wide(lse), wide(delta)),
-        *(rows(where.q_positions), starts),
+        *position_operands(where, B, T),
         queries=np.int64(max(1, _ROWS * K // N)),
         window=np.int64(options.window or 2**31),
     )

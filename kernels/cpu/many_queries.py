@@ -16,7 +16,7 @@ import numpy as np
 from kernels.blocks import Blocks
 from kernels.cpu.call import Buffer, Frame, Kernel, register
 from kernels.cpu.code import LANES, Code, Value
-from kernels.cpu.queries import Queries
+from kernels.cpu.queries import Queries, position_operands
 from kernels.cpu.softmax import TILE, exp, largest, weights
 from kernels.cpu.tiles import (
     COLUMNS,
@@ -56,22 +56,20 @@ def can_attend(q, blocks: Blocks, where: Where, shared: Shared, options: Options
 
 def attend(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     """`attend` of a backend on blocks as they lie, without a gradient: (z, lse)."""
-    (B, T, N, H), (keys, values) = q.shape, blocks.arrays
+    (B, T, N, _), (keys, values) = q.shape, blocks.arrays
     K, S, Hv = *keys.shape[-3:-1], values.shape[-1]
     scaled = rounded(q.astype(jnp.float32) * options.scale)
-    rows = lambda x: jnp.broadcast_to(x, (B, T)).astype(jnp.int32)
-    starts = jnp.zeros((0, 0), jnp.int32) if where.q_starts is None else rows(where.q_starts)
     sinks = jnp.zeros(0) if shared.sinks is None else shared.sinks
     layer = jnp.zeros((), jnp.int32) if blocks.layer is None else blocks.layer
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, N, Hv), *[(B, T, N)] * 2)]
     kernel = register(_kernel(keys.dtype.name, values.dtype.name))
     call = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")
     z, peak, whole = call(
-        *(scaled, keys, values, rows(where.q_positions), starts),
+        *(scaled, keys, values, *position_operands(where, B, T)),
         *(layer.astype(jnp.int32), sinks.astype(jnp.float32)),
         cells=np.int64(S),
         heads=np.int64(K),
-        layers=np.int64(keys.size // (B * K * S * H)),
+        layers=np.int64(1 if blocks.layer is None else keys.shape[-4]),
         queries=np.int64(max(1, min(_ROWS, _SCORES // max(1, S)) * K // N)),
         window=np.int64(options.window or 2**31),
     )

@@ -12,9 +12,8 @@ import numpy as np
 
 from kernels.cpu import code as words
 from kernels.cpu.call import Frame, Kernel, register
-from kernels.cpu.tiles import COLUMNS, LANES, TYPES, tile
+from kernels.cpu.tiles import COLUMNS, LANES, SIZES, tile
 
-_SIZES = TYPES | {"int8": 1}
 _TERMS = 32
 # Rows and vectors of columns whose sums fit the registers of any processor; a single row takes all
 # columns of the panel, which it reads in one go.
@@ -64,7 +63,7 @@ def _panel(frame: Frame, panel, dtype):
     code = frame.code
     x, w = frame.operand(0), frame.operand(1)
     M, K, N = x.size(0), x.size(1), w.size(0) * COLUMNS
-    term = COLUMNS * _SIZES[dtype]  # bytes
+    term = COLUMNS * SIZES[dtype]  # bytes
     block, here = frame.attribute(0), panel * (4 * COLUMNS)
     total, chain = (frame.result(n).address + here for n in range(2))
     w = w.address + panel * K * term
@@ -86,10 +85,10 @@ def _panel(frame: Frame, panel, dtype):
                         several(
                             (rows, vectors),
                             (x.address + (m * K + k) * 4, K * 4, 4),
-                            w + k * term + column * _SIZES[dtype],
+                            w + k * term + column * SIZES[dtype],
                             terms,
                             chain + (m * N + column) * 4,
-                            ahead=ahead + terms * (column * _SIZES[dtype]),
+                            ahead=ahead + terms * (column * SIZES[dtype]),
                         )
                     row.set(m + rows)
         sums = lambda n, at: code.vector(chain + at, lanes=LANES)

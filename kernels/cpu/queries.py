@@ -3,8 +3,18 @@
 import contextlib
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from kernels.cpu.call import Buffer
 from kernels.cpu.code import Code, Value
+from kernels.operands import Where
+
+
+def position_operands(where: Where, B: int, T: int):
+    """The positions [B, T] of queries and where their documents begin [B, T], or [0, 0], int32."""
+    rows = lambda x: jnp.broadcast_to(x, (B, T)).astype(jnp.int32)
+    starts = where.q_starts
+    return rows(where.q_positions), jnp.zeros((0, 0), jnp.int32) if starts is None else rows(starts)
 
 
 class Queries(NamedTuple):

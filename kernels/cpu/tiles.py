@@ -9,6 +9,7 @@ from kernels.cpu.code import Code
 
 COLUMNS = 64
 TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of floats, in bytes
+SIZES = TYPES | {"int8": 1}
 LANES = words.widest()
 ROW = 4 * COLUMNS  # bytes of a row of a panel
 TERMS = 128 if LANES > words.LANES else 64  # of a panel
@@ -55,7 +56,7 @@ def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=
     """
     rows, vectors = shape
     x, row_step, term_step = x
-    size = {"int8": 1, **TYPES}[dtype]
+    size = SIZES[dtype]
     places = [
         [sums + code.constant(step) * m + 4 * LANES * v for v in range(vectors)]
         for m in range(rows)

@@ -20,9 +20,7 @@ def product(x, w):
 
     Narrow types are multiplied and summed in float32, which the result is in.
     """
-    y = choice.product(x, w)
-    if y is None:
-        y = _by_kernel(x, w, "rows")
+    y = _by_kernel(x, w, "rows")
     if y is not None:
         return y
     x, w = _widened(x, w)
@@ -41,9 +39,7 @@ def product(x, w):
 
 def product_by_output(x, w):
     """`product` with a matrix that is stored as [N, K], of which few rows need no filling up."""
-    y = choice.product(x, w.T)
-    if y is None:
-        y = _by_kernel(x, w, "columns")
+    y = _by_kernel(x, w, "columns")
     if y is not None:
         return y
     x, w = _widened(x, w)
@@ -57,10 +53,12 @@ def product_by_output(x, w):
 
 
 def _by_kernel(x, w, layout):
-    """The product by the kernel of a CPU, where there is one and the order is one that it has."""
-    K, N = w.shape if layout == "rows" else w.shape[::-1]
-    if not has_kernel() or w.dtype.name not in TYPES:
-        return None
+    """The product by a kernel with one order of sums, where this platform has one; or None."""
+    matrix = w if layout == "rows" else w.T
+    y = choice.product(x, matrix)
+    if y is not None or not has_kernel() or w.dtype.name not in TYPES:
+        return y
+    K, N = matrix.shape
     block = order(K, N + -N % COLUMNS, jnp.float32).block
     return matmul(x.astype(jnp.float32), w, block, layout) if block else None
 

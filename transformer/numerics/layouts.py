@@ -10,6 +10,7 @@ from flax import struct
 from kernels.cpu import call
 from kernels.cpu import product as few_rows
 from kernels.cpu.matmul import matmul
+from kernels.cpu.tiles import TYPES
 from kernels.dot import dot
 from kernels.exact.order import order
 from kernels.exact.products import product_by_output
@@ -98,7 +99,7 @@ def lay_out(w: jax.Array | Matrix, exact: bool) -> jax.Array | Matrix:
     if is_quantised(w) and not exact:
         values, scales = map(few_rows.panels, (w.values, w.scales))
         return Packed(values, scales, N, K // w.scales.shape[-2])
-    if is_matrix(w) or w.dtype.name not in few_rows.TYPES:
+    if is_matrix(w) or w.dtype.name not in TYPES:
         return w
     wide = N + -N % few_rows.COLUMNS
     block = order(K, wide, jnp.float32).block if exact else min(K, _BLOCK)

@@ -83,5 +83,7 @@ def test_what_it_does_not_do_it_leaves():
     assert can_read(blocks, q, Shared(), Options(1.0))
     assert not can_read(blocks, q, Shared(), Options(1.0, soft_cap=5.0))
     assert not can_read(blocks, q, Shared(alibi=jnp.ones(1)), Options(1.0))
+    no_cells = Blocks((block[..., :0, :], block[..., :0, :]), batched=True)
+    assert not can_read(no_cells, q, Shared(), Options(1.0))
     odd = Blocks((block[..., :7], block), batched=True)
     assert not can_read(odd, q[..., :7], Shared(), Options(1.0))

@@ -88,6 +88,12 @@ def test_what_is_no_number_shows(rng):
     )
 
 
+def test_a_block_without_cells():
+    blocks = Blocks((jnp.zeros((1, 1, 0, 8)), jnp.zeros((1, 1, 0, 8))), batched=True)
+    z, lse = run(jnp.ones((1, 2, 1, 8)), blocks, Where(jnp.arange(2)[None]), Shared(), Options(1.0))
+    assert not z.any() and (lse == -jnp.inf).all()
+
+
 def test_what_it_does_not_do_it_leaves():
     block, q = jnp.zeros((1, 1, 8, 8)), jnp.zeros((1, 2, 1, 8))
     blocks, where = Blocks((block, block), batched=True), Where(jnp.arange(2)[None])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kernels.cpu.call import is_available
-from kernels.cpu.product import TYPES, matrix, panels, product
+from kernels.cpu.product import matrix, panels, product
+from kernels.cpu.tiles import TYPES
 from kernels.exact.order import chains
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="kernels of a CPU, with multiply-adds")
