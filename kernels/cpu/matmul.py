@@ -85,5 +85,6 @@ def _part(frame: Frame, part, dtype, layout, turned):
         with code.loop(begin, end, TERMS) as k:
             terms = code.smaller(end - k, TERMS)
             copy(code, w.address + begin_of + k * w_term, w_step, dtype, terms, columns, panel)
-            multiply(code, x + k * term_step, steps, count, panel, terms, chains)
+            here = x + k * term_step
+            multiply(code, here, steps, count, panel, terms, chains, far=turned)
         add(code, chains, y, N * 4, count, columns, begin.equals(0))

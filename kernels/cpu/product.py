@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels.cpu import code as words
 from kernels.cpu.call import Frame, Kernel, register
-from kernels.cpu.tiles import COLUMNS, LANES, SIZES, tile
+from kernels.cpu.tiles import COLUMNS, LANES, LINE, SIZES, tile
 
 _TERMS = 32
 # Rows and vectors of columns whose sums fit the registers of any processor; a single row takes all
@@ -82,13 +82,16 @@ def _panel(frame: Frame, panel, dtype):
                     m = row.get()
                     for first in range(0, COLUMNS // LANES, vectors):
                         column = first * LANES
+                        # Each column's turn asks for its share of the terms to come.
+                        lines = -(-vectors * LANES * SIZES[dtype] // LINE)
+                        share = ahead + terms * (column * SIZES[dtype])
                         several(
                             (rows, vectors),
                             (x.address + (m * K + k) * 4, K * 4, 4),
                             w + k * term + column * SIZES[dtype],
                             terms,
                             chain + (m * N + column) * 4,
-                            ahead=ahead + terms * (column * SIZES[dtype]),
+                            ahead=[(share + n * LINE, lines * LINE) for n in range(lines)],
                         )
                     row.set(m + rows)
         sums = lambda n, at: code.vector(chain + at, lanes=LANES)

@@ -12,12 +12,13 @@ TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of floats, in bytes
 SIZES = TYPES | {"int8": 1}
 LANES = words.widest()
 ROW = 4 * COLUMNS  # bytes of a row of a panel
+LINE = 64  # bytes of a line of a cache
 TERMS = 128 if LANES > words.LANES else 64  # of a panel
 # Rows and vectors of columns whose sums fit the registers.
 _TILES = ((6, 4), (2, 4), (1, 4)) if LANES > words.LANES else ((6, 2), (2, 2), (1, 2))
 
 
-def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW):
+def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW, far=False):
     """Continues the chains of so many rows with 64 columns by the terms of a panel.
 
     Args:
@@ -28,6 +29,7 @@ def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW):
       panel: the address of a panel.
       terms: how many it has.
       sums: the address of the chains, `step` bytes from row to row.
+      far: whether terms lie so far apart that those of the next rows have to be asked for.
     """
     row_step, term_step = steps
     done = code.variable(0)
@@ -35,14 +37,14 @@ def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW):
         with code.repeat(lambda rows=rows: done.get() + rows <= count):
             m = done.get()
             for first in range(0, ROW, 4 * LANES * vectors):
-                here = x + code.constant(row_step) * m, row_step, term_step
-                tile(
-                    code, (rows, vectors), here, panel + first, terms, sums + m * step + first, step
-                )
+                at = x + code.constant(row_step) * m
+                ahead = [(at + LINE, term_step)] if far and first == 0 else []
+                here, there = (at, row_step, term_step), sums + m * step + first
+                tile(code, (rows, vectors), here, panel + first, terms, there, step, ahead=ahead)
             done.set(m + rows)
 
 
-def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=None):
+def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=()):
     """Continues the chains of some rows and vectors of columns: `shape` says of how many.
 
     Args:
@@ -52,7 +54,7 @@ def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=
       terms: how many.
       sums: the address of the chains, `step` bytes from row to row.
       dtype: of the panel.
-      ahead: where memory lies that is needed soon, of the same size; None: nowhere.
+      ahead: (address, step) of memory that is needed soon: each term asks for one line of it.
     """
     rows, vectors = shape
     x, row_step, term_step = x
@@ -64,10 +66,8 @@ def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=
     held = [[code.variable(code.vector(at, lanes=LANES)) for at in row] for row in places]
     with code.loop(0, terms) as k:
         here = panel + k * (COLUMNS * size)
-        if ahead is not None:  # each column's turn asks for its share of the terms to come
-            lines = -(-vectors * LANES * size // 64)
-            for n in range(lines):
-                code.prefetch(ahead + (k * lines + n) * 64)
+        for address, line_step in ahead:
+            code.prefetch(address + k * line_step)
         ws = [code.vector(here + v * LANES * size, dtype, LANES) for v in range(vectors)]
         for m in range(rows):
             one = code.splat(code.float(x + code.constant(row_step) * m + k * term_step), LANES)
