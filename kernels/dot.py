@@ -13,7 +13,7 @@ from kernels.cpu import call
 from kernels.cpu.matmul import matmul
 from kernels.cpu.tiles import TYPES
 
-_BLOCK = 512  # terms of a chain
+BLOCK = 512  # terms of a chain
 _LEAST_ROWS, _LEAST_SIDE = 8, 48  # of less, the library's products are as fast
 
 
@@ -44,7 +44,7 @@ def _run(x, w, *, turned, by_output):
     if x.dtype.name not in TYPES or rows < _LEAST_ROWS or min(sides) < _LEAST_SIDE:
         return _library(x, w, turned, by_output)
     layout = "columns" if by_output else "rows"
-    return matmul(x.astype(jnp.float32), w, _BLOCK, layout, turned).astype(x.dtype)
+    return matmul(x.astype(jnp.float32), w, BLOCK, layout, turned).astype(x.dtype)
 
 
 dot_p = core.Primitive("dot")

@@ -7,12 +7,14 @@ next.
 
 import functools
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.cpu.call import Frame, Kernel, register
+from kernels.cpu.code import Value
 from kernels.cpu.tiles import (
     COLUMNS,
     ROW,
@@ -56,7 +58,7 @@ def _kernel(dtype, layout, turned):
         up = lambda a, b: (a + (b - 1)) // b
         return up(y.size(0), rows) * up(y.size(1), COLUMNS)
 
-    room = lambda frame: (frame.attribute(1) + TERMS) * ROW
+    room = lambda frame: room_for(frame.attribute(1))
     run = functools.partial(_part, dtype=dtype, layout=layout, turned=turned)
     name = f"unison_matmul_{dtype}_{layout}" + "_turned" * turned
     return Kernel(name, parts, run, room)
@@ -69,22 +71,65 @@ def _part(frame: Frame, part, dtype, layout, turned):
     M, N, K = y.size(0), y.size(1), x.size(0 if turned else 1)
     panels = (N + (COLUMNS - 1)) // COLUMNS
     column, row = part % panels * COLUMNS, part // panels * rows
-    columns, count = N - column, code.smaller(M - row, rows)
-    panel, chains = frame.room, frame.room + TERMS * ROW
-    steps = row_step, term_step = (4, M * 4) if turned else (K * 4, 4)
-    x, y = x.address + row * row_step, y.address + (row * N + column) * 4
-    item = TYPES[dtype]
-    copy, begin_of, w_step, w_term = {
-        "rows": (copy_rows, column * item, N * item, N * item),
-        "columns": (copy_columns, column * K * item, K * item, item),
-        "panels": (copy_rows, column * K * item, COLUMNS * item, COLUMNS * item),
-    }[layout]
-    with code.loop(0, K, block) as begin:
-        end = code.smaller(begin + block, K)
+    steps = row_step, _ = (4, M * 4) if turned else (K * 4, 4)
+    columns_of(
+        code,
+        (x.address + row * row_step, steps, turned),
+        Matrix(w.address, K, N, dtype, layout),
+        column,
+        (y.address + row * N * 4, code.smaller(M - row, rows)),
+        block,
+        frame.room,
+    )
+
+
+class Matrix(NamedTuple):
+    """A matrix [K, N] of a dtype, as it lies at an address; `layout` as in `matmul`."""
+
+    address: Value
+    K: Value
+    N: Value
+    dtype: str
+    layout: str
+
+    def lines(self, column):
+        """How terms of 64 columns are copied: (copy, address, step, bytes of a term)."""
+        item = TYPES[self.dtype]
+        if self.layout == "columns":
+            return copy_columns, self.address + column * self.K * item, self.K * item, item
+        if self.layout == "panels":
+            step = COLUMNS * item
+            return copy_rows, self.address + column * self.K * item, step, step
+        return copy_rows, self.address + column * item, self.N * item, self.N * item
+
+
+def columns_of(code, x, w: Matrix, column, y, block, room):
+    """Computes up to 64 columns of a product, from `column` on.
+
+    Args:
+      code: where it is written.
+      x: (address, steps, far) of rows, as in `tiles.multiply`.
+      w: the matrix.
+      y: (address, rows): of the first row of the product, and how many rows there are.
+      block: terms of a chain.
+      room: of `room_for(rows)` bytes.
+    """
+    x, steps, far = x
+    y, count = y
+    copy, source, step, term = w.lines(column)
+    columns, term_step = w.N - column, steps[1]
+    panel, chains = room, room + TERMS * ROW
+    with code.loop(0, w.K, block) as begin:
+        end = code.smaller(begin + block, w.K)
         clear(code, chains, count)
         with code.loop(begin, end, TERMS) as k:
             terms = code.smaller(end - k, TERMS)
-            copy(code, w.address + begin_of + k * w_term, w_step, dtype, terms, columns, panel)
-            here = x + k * term_step
-            multiply(code, here, steps, count, panel, terms, chains, far=turned)
-        add(code, chains, y, N * 4, count, columns, begin.equals(0))
+            copy(code, source + k * term, step, w.dtype, terms, columns, panel)
+            multiply(code, x + k * term_step, steps, count, panel, terms, chains, far=far)
+        at = y + column * 4
+        add(code, chains, at, w.N * 4, count, columns, begin.equals(0))
+
+
+def room_for(rows):
+    """The bytes that a thread needs for so many rows."""
+    return (rows + TERMS) * ROW

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import ragged_dot
 from kernels.backends import choice
 from kernels.cpu.matmul import matmul
 from kernels.cpu.tiles import TYPES
@@ -58,9 +59,13 @@ def _by_kernel(x, w, layout):
     y = choice.product(x, matrix)
     if y is not None or not has_kernel() or w.dtype.name not in TYPES:
         return y
-    K, N = matrix.shape
-    block = order(K, N + -N % COLUMNS, jnp.float32).block
+    block = _block(*matrix.shape)
     return matmul(x.astype(jnp.float32), w, block, layout) if block else None
+
+
+def _block(K, N):
+    """Terms of a chain of the kernel's sums, or None where no order is known."""
+    return order(K, N + -N % COLUMNS, jnp.float32).block
 
 
 def filled(w, axis):
@@ -148,8 +153,13 @@ def _batch(x, w, turned):
 def grouped(x, w, sizes):
     """Rows [M, K], of which each group of `sizes` [X] takes a matrix of its own of w [X, K, N].
 
-    As `jax.lax.ragged_dot`. Every group is cut into tiles of rows, which run one after the other.
+    As `jax.lax.ragged_dot`. By the kernel that `product` takes, or every group is cut into tiles of
+    rows, which run one after the other.
     """
+    if ragged_dot.has_kernel_for(w.dtype):
+        block = _block(*w.shape[1:])
+        if block:
+            return ragged_dot.in_order(x.astype(jnp.float32), w, sizes, block)
     M, X = len(x), len(sizes)
     rows = 1 if X >= M else ROWS
     tiles = -(-sizes // rows)

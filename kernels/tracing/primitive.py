@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax._src import dispatch
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
@@ -83,3 +84,19 @@ def jvp_of_moving(fun: Callable, primals, moving, tangents, **params):
         return fun(*operands, **params)
 
     return jax.jvp(of_moving, [primals[n] for n in moving], tangents)
+
+
+def in_turn(primitive: core.Primitive, axis, operands, dims, **params):
+    """A batching rule of a primitive with one result: what is mapped runs one after the other."""
+    mapped = [n for n, dim in enumerate(dims) if dim is not None]
+    if not mapped:
+        return primitive.bind(*operands, **params), [None]
+
+    def one(parts):
+        given = list(operands)
+        for n, part in zip(mapped, parts, strict=True):
+            given[n] = part
+        return primitive.bind(*given, **params)[0]
+
+    parts = [jnp.moveaxis(operands[n], dims[n], 0) for n in mapped]
+    return [jax.lax.map(one, parts)], [0]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels.exact import functions, sums
 from kernels.exact.total import total
+from kernels.ragged_dot import ragged_dot
 from transformer.numerics import log_softmax
 from transformer.numerics.layouts import dot_by_output
 from transformer.numerics.matrix import is_matrix
@@ -60,7 +61,7 @@ class Numerics:
 
     def ragged_dot(self, x, w, sizes):
         """Rows [M, K] sorted by group, times the matrix of each, w [X, K, N]; sizes [X]."""
-        dot = exact_ragged_dot if self.exact else jax.lax.ragged_dot
+        dot = exact_ragged_dot if self.exact else ragged_dot
         return dot(x, w, sizes)
 
     def mixture(self, weights, x):

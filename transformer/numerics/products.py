@@ -9,6 +9,7 @@ from jax.extend import core
 from kernels.dot import dot, has_kernel
 from kernels.exact.products import grouped, product
 from kernels.exact.sums import rounded
+from kernels.ragged_dot import ragged_dot
 from kernels.tracing import primitive
 
 
@@ -23,24 +24,12 @@ def define(name: str, run: Callable, jvp: Callable | None = None) -> core.Primit
     """
 
     def batch(axis, operands, dims, **static):
-        x, *w = operands = [
-            operand if dim is None else jnp.moveaxis(operand, dim, 0)
-            for operand, dim in zip(operands, dims, strict=True)
-        ]
-        if all(dim is None for dim in dims):
-            return made.bind(*operands, **static), [None]
-        if all(dim is None for dim in dims[1:]):
-            [y] = made.bind(x.reshape(-1, x.shape[-1]), *w, **static)
-            return [y.reshape(axis.size, -1, y.shape[-1])], [0]
-        mapped = [n for n, dim in enumerate(dims) if dim is not None]
-
-        def one(parts):
-            given = list(operands)
-            for n, part in zip(mapped, parts, strict=True):
-                given[n] = part
-            return made.bind(*given, **static)[0]
-
-        return [jax.lax.map(one, [operands[n] for n in mapped])], [0]
+        if dims[0] is None or any(dim is not None for dim in dims[1:]):
+            return primitive.in_turn(made, axis, operands, dims, **static)
+        x, *w = operands
+        x = jnp.moveaxis(x, dims[0], 0)
+        [y] = made.bind(x.reshape(-1, x.shape[-1]), *w, **static)
+        return [y.reshape(axis.size, -1, y.shape[-1])], [0]
 
     made = primitive.define(name, run, batch, jvp)
     return made
@@ -89,12 +78,12 @@ exact_dot_p = define("exact_dot", _run, _jvp)
 
 @jax.custom_jvp
 def exact_ragged_dot(x, w, sizes):
-    """`jax.lax.ragged_dot`, a row as if it were the only one; derivatives are the plain ones."""
+    """`ragged_dot`, a row as if it were the only one; derivatives are the plain ones."""
     return rounded(grouped(rounded(x), w, sizes).astype(x.dtype))
 
 
 @exact_ragged_dot.defjvp
 def _ragged_dot_jvp(primals, tangents):
     (x, w, sizes), (dx, dw, _) = primals, tangents
-    change = jax.lax.ragged_dot(dx, w, sizes) + jax.lax.ragged_dot(x, dw, sizes)
+    change = ragged_dot(dx, w, sizes) + ragged_dot(x, dw, sizes)
     return exact_ragged_dot(x, w, sizes), change

@@ -1,6 +1,6 @@
 """Mixture of experts: every token runs through the experts its router chose, and no others.
 
-Tokens are sorted by expert and each expert multiplies its own run of rows (`jax.lax.ragged_dot`),
+Tokens are sorted by expert and each expert multiplies its own run of rows (`kernels.ragged_dot`),
 so expert weights are never gathered per token and none is dropped for lack of room. Of several
 devices, each sorts the tokens that it holds, and adds up what its own experts make of them.
 """
