@@ -49,18 +49,19 @@ class Numerics:
         """x [K] @ w [K, N] -> [N], in the type of x."""
         if is_matrix(w):
             return w.dot(x, self.exact)
-        w = self.rounded(w.astype(x.dtype)) if w.dtype != x.dtype else w
+        w = self.cast(w, x.dtype)
         return exact_dot(x, w) if self.exact else fast_dot(x, w)
 
     def dot_table(self, x, table):
         """x [E] times the transpose of a table [V, E] -> [V], in the type of x."""
         if is_matrix(table):
             return table.T.dot(x, self.exact)
-        table = self.rounded(table.astype(x.dtype)) if table.dtype != x.dtype else table
+        table = self.cast(table, x.dtype)
         return dot_by_output(x, table) if self.exact else fast_dot(x, table, by_output=True)
 
     def ragged_dot(self, x, w, sizes):
         """Rows [M, K] sorted by group, times the matrix of each, w [X, K, N]; sizes [X]."""
+        w = self.cast(w, x.dtype)
         dot = exact_ragged_dot if self.exact else ragged_dot
         return dot(x, w, sizes)
 
@@ -106,6 +107,10 @@ class Numerics:
     def rounded(self, x):
         """x, rounded to its type: what a product must be before it feeds a sum."""
         return sums.rounded(x) if self.exact else x
+
+    def cast(self, x, dtype):
+        """x in a type, rounded to it if that is another one than its own."""
+        return x if x.dtype == dtype else self.rounded(x.astype(dtype))
 
     def narrowed(self, x):
         """x, rounded to its type if that is a narrow one: what a sum must be before it is used."""

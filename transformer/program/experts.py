@@ -132,19 +132,19 @@ def _mix(spec, params, x, first):
     expert = chosen.reshape(-1)[order]
     sizes = (expert[:, None] == jnp.arange(X)).sum(0, dtype=jnp.int32)
 
-    rounded = spec.numerics.rounded
+    numerics = spec.numerics
 
     def linear(params, rows):
-        y = spec.numerics.ragged_dot(rows, rounded(params.weight.astype(x.dtype)), sizes)
+        y = numerics.ragged_dot(rows, params.weight, sizes)
         if params.bias is None:
             return y
-        return rounded(y + rounded(params.bias.astype(x.dtype))[expert])
+        return numerics.narrowed(y + numerics.cast(params.bias, x.dtype)[expert])
 
     rows = x[order // k]
     gate = None if params.gate is None else linear(params.gate, rows)
     hidden = activate(spec, linear(params.up, rows), gate)
     rows = linear(params.down, hidden)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-    return spec.numerics.mixture(gates.astype(x.dtype), jnp.where(here[..., None], rows, 0))
+    return numerics.mixture(gates.astype(x.dtype), jnp.where(here[..., None], rows, 0))
 
 
 def _batch(axis, operands, dims, **static):
