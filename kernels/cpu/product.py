@@ -1,7 +1,7 @@
 """Products of few rows with a matrix in panels: each sum has one order, whatever the rows.
 
 A panel is 64 columns, term after term, so that a thread reads memory in one go. Chains of sums stay
-in registers for so many terms as the nearest cache holds, which all rows take before the next.
+in registers for so many terms as a near cache holds, which all rows take before the next.
 """
 
 import functools
@@ -14,11 +14,12 @@ from kernels.cpu import code as words
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.tiles import COLUMNS, LANES, LINE, SIZES, tile
 
-_TERMS = 32
-# Rows and vectors of columns whose sums fit the registers of any processor; a single row takes all
-# columns of the panel, which it reads in one go.
-_TILES = ((6, 4), (4, 4), (2, 4), (1, 4)) if LANES > words.LANES else ((4, 2), (2, 4), (1, 8))
-_ONE_ROW = _TILES[-1]
+_IS_WIDE = LANES > words.LANES
+_TERMS = 256 if _IS_WIDE else 32
+# Rows and vectors of columns whose sums fit the registers of any processor. Where that is all columns
+# of the panel, memory is read in one go, which the processor foresees; elsewhere it is asked for
+# ahead, which takes longer.
+_TILES = ((6, 4), (4, 4), (2, 4), (1, 4)) if _IS_WIDE else ((4, 2), (2, 4), (1, 8))
 
 
 def panels(w):
@@ -67,30 +68,29 @@ def _panel(frame: Frame, panel, dtype):
     block, here = frame.attribute(0), panel * (4 * COLUMNS)
     total, chain = (frame.result(n).address + here for n in range(2))
     w = w.address + panel * K * term
-    several = functools.partial(tile, code, step=N * 4, dtype=dtype)
     with code.loop(0, K, block) as begin:
         end = code.smaller(begin + block, K)
         _each(code, M, N, lambda n, at: code.put(code.splat(code.number(0.0), LANES), chain + at))
-        with code.when(M.equals(1)):
-            row = x.address + begin * 4, K * 4, 4
-            several(_ONE_ROW, row, w + begin * term, end - begin, chain)
-        with code.when(M > 1), code.loop(begin, end, _TERMS) as k:
+        with code.loop(begin, end, _TERMS) as k:
             terms, ahead = code.smaller(end - k, _TERMS), w + (k + _TERMS) * term
             row = code.variable(0)
             for rows, vectors in _TILES:
+                width = vectors * LANES
                 with code.repeat(lambda rows=rows: row.get() + rows <= M):
                     m = row.get()
-                    for first in range(0, COLUMNS // LANES, vectors):
-                        column = first * LANES
+                    for column in range(0, COLUMNS, width):
                         # Each column's turn asks for its share of the terms to come.
-                        lines = -(-vectors * LANES * SIZES[dtype] // LINE)
+                        lines = -(-width * SIZES[dtype] // LINE) if width < COLUMNS else 0
                         share = ahead + terms * (column * SIZES[dtype])
-                        several(
+                        tile(
+                            code,
                             (rows, vectors),
                             (x.address + (m * K + k) * 4, K * 4, 4),
                             w + k * term + column * SIZES[dtype],
                             terms,
                             chain + (m * N + column) * 4,
+                            step=N * 4,
+                            dtype=dtype,
                             ahead=[(share + n * LINE, lines * LINE) for n in range(lines)],
                         )
                     row.set(m + rows)
