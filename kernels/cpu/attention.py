@@ -14,7 +14,7 @@ from kernels.blocks import Blocks
 from kernels.cells import is_ring
 from kernels.cpu.call import Frame, Kernel, is_available, register
 from kernels.cpu.code import LANES, Code
-from kernels.cpu.softmax import TILE, exp, weights
+from kernels.cpu.softmax import TILE, exp, largest, weights
 from kernels.cpu.tiles import TYPES
 from kernels.exact import attention as exact
 from kernels.exact.sums import rounded
@@ -23,6 +23,7 @@ from kernels.options import Options
 from kernels.tracing.partition import split_by_rows_and_heads
 
 _VECTORS = (8, 4, 2, 1)  # of a value's numbers, whose sums stay in registers
+_HEADS = (4, 3, 2, 1)  # query heads that take keys at once
 _LOWEST = -3.4e38
 
 
@@ -96,25 +97,35 @@ def _head(frame: Frame, part, key_type, value_type):
     keys = keys.address + block * cells * H * TYPES[key_type]
     values = values.address + block * cells * Hv * TYPES[value_type]
     zero = code.number(0.0)
+    queries, scores = q.address + part * G * H * 4, scores.address + part * G * places * 4
+    done = code.variable(0)
+    for several in _HEADS:
+        with code.repeat(lambda several=several: done.get() + several <= G):
+            heads = [
+                (queries + (done.get() + g) * H * 4, scores + (done.get() + g) * places * 4)
+                for g in range(several)
+            ]
+            for begin, end, held in where.runs(first, stop):
+                run = keys + (begin - held) * H * TYPES[key_type]
+                _scores(code, heads, run, H, key_type, end - begin, (begin - origin) * 4)
+            done.set(done.get() + several)
     with code.loop(0, G) as g:
-        n = part * G + g
-        query, read = q.address + n * H * 4, z.address + n * Hv * 4
-        score, sink = scores.address + n * places * 4, sinks.address + (head * G + g) * 4
+        score, read = scores + g * places * 4, z.address + (part * G + g) * Hv * 4
+        sink = sinks.address + (head * G + g) * 4
         at = lambda p: score + (p - origin) * 4
-        peak, whole = code.variable(code.number(_LOWEST)), code.variable(zero)
+        least, whole = code.variable(code.number(_LOWEST)), code.variable(zero)
         with code.when(sinks.size(0) > 0):
-            peak.set(code.float(sink))
-        for begin, end, held in where.runs(first, stop):
-            _scores(code, query, keys, H, key_type, begin, end, held, at, peak)
+            least.set(code.float(sink))
+        peak = largest(code, at, first, stop, least.get())
         with code.loop(0, Hv, LANES) as h:
             code.put(code.splat(zero), read + h * 4)
         with code.loop(origin, stop, TILE) as tile:
             begin, end = code.larger(tile, first), code.smaller(tile + TILE, stop)
-            weights(code, at(tile), begin - tile, end - tile, peak.get(), whole)
+            weights(code, at(tile), begin - tile, end - tile, peak, whole)
             _mix(code, where, values, Hv, value_type, begin, end, at, read)
         with code.when(first < stop):
             with code.when(sinks.size(0) > 0):
-                whole.set(whole.get() + exp(code, code.float(sink) - peak.get()))
+                whole.set(whole.get() + exp(code, code.float(sink) - peak))
             share = code.splat(code.number(1.0) / whole.get())
             with code.loop(0, Hv, LANES) as h:
                 code.put(code.vector(read + h * 4) * share, read + h * 4)
@@ -136,35 +147,33 @@ class _Cells:
         yield middle, end, turn
 
 
-def _scores(code: Code, query, keys, H, dtype, begin, end, held, at, peak):
-    """Writes q.k of the positions of a run; each is one chain over the numbers of a head."""
+def _scores(code: Code, heads, keys, H, dtype, cells, to):
+    """Writes q.k of so many cells from `keys` on; each is one chain over the numbers of a head.
+
+    heads: (query, scores) of query heads; `to` are bytes of a head's scores before these.
+    """
     size = TYPES[dtype]
-    cell = lambda p: keys + (p - held) * H * size
-    several = end - (end - begin) % LANES
-    highest = code.variable(code.splat(peak.get()))
-    with code.loop(begin, several, LANES) as p:
-        rows = [cell(p + n) for n in range(LANES)]
-        ahead = cell(p + LANES)
-        sums = code.variable(code.splat(code.number(0.0)))
+    several, zero = cells - cells % LANES, code.number(0.0)
+    with code.loop(0, several, LANES) as p:
+        rows = [keys + (p + n) * H * size for n in range(LANES)]
+        sums = [code.variable(code.splat(zero)) for _ in heads]
         with code.loop(0, H, LANES) as h:
-            lines = LANES * LANES * size // 64
-            for n in range(lines):
-                code.prefetch(ahead + h * (LANES * size) + 64 * n)
+            for n in range(LANES * LANES * size // 64):
+                code.prefetch(rows[0] + (H + h) * (LANES * size) + 64 * n)
             block = [code.vector(row + h * size, dtype) for row in rows]
             for n, column in enumerate(code.transposed(block)):
-                one = code.splat(code.float(query + (h + n) * 4))
-                sums.set(code.fma(one, column, sums.get()))
-        code.put(sums.get(), at(p))
-        highest.set(code.larger(highest.get(), sums.get()))
-    for n in range(LANES):
-        peak.set(code.larger(peak.get(), code.lane(highest.get(), n)))
-    with code.loop(several, end) as p:
-        total = code.variable(code.number(0.0))
-        with code.loop(0, H) as h:
-            key = code.float(cell(p) + h * size, dtype)
-            total.set(code.fma(code.float(query + h * 4), key, total.get()))
-        code.put(total.get(), at(p))
-        peak.set(code.larger(peak.get(), total.get()))
+                for total, (query, _) in zip(sums, heads, strict=True):
+                    one = code.splat(code.float(query + (h + n) * 4))
+                    total.set(code.fma(one, column, total.get()))
+        for total, (_, scores) in zip(sums, heads, strict=True):
+            code.put(total.get(), scores + to + p * 4)
+    for query, scores in heads:
+        with code.loop(several, cells) as p:
+            total = code.variable(zero)
+            with code.loop(0, H) as h:
+                key = code.float(keys + (p * H + h) * size, dtype)
+                total.set(code.fma(code.float(query + h * 4), key, total.get()))
+            code.put(total.get(), scores + to + p * 4)
 
 
 def _mix(code, where, values, Hv, dtype, begin, end, at, read):

@@ -16,8 +16,8 @@ from kernels.cpu.tiles import COLUMNS, LANES, LINE, SIZES, tile
 
 _IS_WIDE = LANES > words.LANES
 _TERMS = 256 if _IS_WIDE else 32
-# Rows and vectors of columns whose sums fit the registers of any processor. Where that is all columns
-# of the panel, memory is read in one go, which the processor foresees; elsewhere it is asked for
+# Rows and vectors of columns whose sums fit the registers of any processor. Where that is all of a
+# panel's columns, memory is read in one go, which the processor foresees; elsewhere it is asked for
 # ahead, which takes longer.
 _TILES = ((6, 4), (4, 4), (2, 4), (1, 4)) if _IS_WIDE else ((4, 2), (2, 4), (1, 8))
 
