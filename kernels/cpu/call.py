@@ -47,11 +47,11 @@ class Frame:
     def __init__(self, code: Code, frame: Value, room: Value | None = None):
         self.code, self.frame, self.room = code, frame, room
 
-    def operand(self, n: int) -> Buffer:
+    def operand(self, n: int | Value) -> Buffer:
         """Operand n."""
         return self._buffer(_ARGUMENTS, n)
 
-    def result(self, n: int) -> Buffer:
+    def result(self, n: int | Value) -> Buffer:
         """Result n."""
         return self._buffer(_RESULTS, n)
 
@@ -63,7 +63,7 @@ class Frame:
 
     def _buffer(self, offset, n):
         code = self.code
-        struct = code.integer(code.integer(self.frame + offset) + 8 * n)
+        struct = code.integer(code.integer(self.frame + offset) + n * 8)
         return Buffer(code.integer(struct + 24), struct)
 
 

@@ -38,7 +38,7 @@ def matmul(x, w, block: int, layout="rows", turned=False):
       x: float32; [K, M] if `turned`.
       w: of one of `TYPES`, as [K, N]; in the layout "columns" as [N, K], in "panels" as
         `kernels.cpu.product.panels` has it.
-      block: terms of a chain, as in `kernels.cpu.product.product`.
+      block: terms of a chain, as in `kernels.cpu.product.products`.
     """
     M = x.shape[1 if turned else 0]
     N = {"rows": w.shape[-1], "columns": len(w), "panels": len(w) * COLUMNS}[layout]

@@ -35,38 +35,53 @@ def matrix(w):
     return w.swapaxes(-3, -2).reshape(*front, K, count * columns)
 
 
-def product(x, w, block: int, scales=None):
-    """x [M, K] times a matrix in panels w [P, K, 64] -> [M, 64 P], in float32.
+def products(x, ws, block: int, scales=()):
+    """x [M, K] times matrices in panels ws [P, K, 64] -> [[M, 64 P], ...], in float32.
 
     Each number is the sum of chains of `block` terms, added one after the other; a chain begins at
-    zero and takes its terms in order, by multiply-adds that round once.
+    zero and takes its terms in order, by multiply-adds that round once. Matrices of one call share
+    the threads, which wait for one another only at its end.
 
     Args:
       x: float32.
-      w: of one of `TYPES`, or int8.
-      scales: of int8, float32 [P, K / block, 64]: a factor of each chain.
+      ws: of one of `TYPES`, or int8.
+      scales: of int8, float32 [P, K / block, 64] for each matrix: a factor of each chain.
     """
-    result = jax.ShapeDtypeStruct((len(x), len(w) * COLUMNS), jnp.float32)
-    # The second result is room for the chains.
-    call = jax.ffi.ffi_call(register(_kernel(w.dtype.name)), (result, result))
-    operands = (x, w) if scales is None else (x, w, scales)
-    return call(*operands, block=np.int64(block))[0]
+    results = [jax.ShapeDtypeStruct((len(x), len(w) * COLUMNS), jnp.float32) for w in ws]
+    # The second half of the results is room for the chains.
+    call = jax.ffi.ffi_call(register(_kernel(ws[0].dtype.name)), results * 2)
+    static = {"block": np.int64(block), "matrices": np.int64(len(ws))}
+    return call(x, *ws, *scales, **static)[: len(ws)]
 
 
 @functools.cache
 def _kernel(dtype):
-    run = functools.partial(_panel, dtype=dtype)
-    return Kernel(f"unison_product_{dtype}", lambda frame: frame.operand(1).size(0), run)
+    return Kernel(f"unison_product_{dtype}", _panels, functools.partial(_panel, dtype=dtype))
 
 
-def _panel(frame: Frame, panel, dtype):
+def _panels(frame: Frame):
+    """How many panels all matrices have."""
+    count = frame.code.variable(0)
+    with frame.code.loop(0, frame.attribute(1)) as n:
+        count.set(count.get() + frame.operand(n + 1).size(0))
+    return count.get()
+
+
+def _panel(frame: Frame, part, dtype):
     """The columns of one panel."""
     code = frame.code
-    x, w = frame.operand(0), frame.operand(1)
+    block, matrices = (frame.attribute(n) for n in range(2))
+    matrix, left = code.variable(0), code.variable(part)
+    size = lambda: frame.operand(matrix.get() + 1).size(0)
+    with code.repeat(lambda: left.get() >= size()):
+        left.set(left.get() - size())
+        matrix.set(matrix.get() + 1)
+    matrix, panel = matrix.get(), left.get()
+    x, w = frame.operand(0), frame.operand(matrix + 1)
     M, K, N = x.size(0), x.size(1), w.size(0) * COLUMNS
     term = COLUMNS * SIZES[dtype]  # bytes
-    block, here = frame.attribute(0), panel * (4 * COLUMNS)
-    total, chain = (frame.result(n).address + here for n in range(2))
+    here = panel * (4 * COLUMNS)
+    total, chain = (frame.result(n).address + here for n in (matrix, matrix + matrices))
     w = w.address + panel * K * term
     with code.loop(0, K, block) as begin:
         end = code.smaller(begin + block, K)
@@ -96,7 +111,7 @@ def _panel(frame: Frame, panel, dtype):
                     row.set(m + rows)
         sums = lambda n, at: code.vector(chain + at, lanes=LANES)
         if dtype == "int8":
-            scale = frame.operand(2)
+            scale = frame.operand(matrix + matrices + 1)
             scale = scale.address + (panel * scale.size(1) + begin // block) * (4 * COLUMNS)
             sums = lambda n, at: (
                 code.vector(chain + at, lanes=LANES) * code.vector(scale + 4 * n, lanes=LANES)

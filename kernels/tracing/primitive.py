@@ -87,16 +87,17 @@ def jvp_of_moving(fun: Callable, primals, moving, tangents, **params):
 
 
 def in_turn(primitive: core.Primitive, axis, operands, dims, **params):
-    """A batching rule of a primitive with one result: what is mapped runs one after the other."""
+    """A batching rule: what is mapped runs one after the other."""
     mapped = [n for n, dim in enumerate(dims) if dim is not None]
     if not mapped:
-        return primitive.bind(*operands, **params), [None]
+        results = primitive.bind(*operands, **params)
+        return results, [None] * len(results)
 
     def one(parts):
         given = list(operands)
         for n, part in zip(mapped, parts, strict=True):
             given[n] = part
-        return primitive.bind(*given, **params)[0]
+        return primitive.bind(*given, **params)
 
-    parts = [jnp.moveaxis(operands[n], dims[n], 0) for n in mapped]
-    return [jax.lax.map(one, parts)], [0]
+    results = jax.lax.map(one, [jnp.moveaxis(operands[n], dims[n], 0) for n in mapped])
+    return results, [0] * len(results)

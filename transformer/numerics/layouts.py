@@ -14,6 +14,7 @@ from kernels.cpu.tiles import TYPES
 from kernels.dot import dot
 from kernels.exact.order import order
 from kernels.exact.products import product_by_output
+from kernels.exact.sums import rounded
 from transformer.numerics.matrix import Matrix, is_matrix, row
 from transformer.numerics.products import define, exact_run
 from transformer.numerics.quantised import is_quantised
@@ -51,9 +52,7 @@ class Packed(Matrix):
 
     def dot(self, x: jax.Array, exact: bool) -> jax.Array:
         """x [in] times the matrix -> [out]."""
-        arrays = jax.tree.leaves(self)
-        y = dot_packed_p.bind(x[None], *arrays, block=self.block, exact=exact)
-        return y[0][0, : self.columns]
+        return dots(x, [self], exact)[0]
 
     def dense(self) -> jax.Array:
         """The matrix as an array."""
@@ -117,18 +116,34 @@ def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
     return dot_by_output_p.bind(x[None], w)[0][0]
 
 
-def _run_packed(x, w, *scales, block, exact):
-    """x [M, K], w [P, K, 64], scales [P, K / block, 64] if it is int8 -> [[M, 64 P]]."""
+def can_share(ws: list[jax.Array | Matrix]) -> bool:
+    """Whether `dots` takes these matrices: all of them packed, and in one way."""
+    how = lambda w: (w.block, w.panels.dtype, w.scales is None)
+    return all(isinstance(w, Packed) for w in ws) and len(set(map(how, ws))) == 1
 
-    def run(x, w):
-        wide = x.astype(jnp.float32)
-        if len(x) <= _FEW_ROWS:
-            return few_rows.product(wide, w, block, *scales)
-        if not scales:
-            return matmul(wide, w, block, "panels")
-        return dot(x, _matrix(w, *scales).astype(x.dtype))
 
-    return exact_run(run, x, w) if exact else [run(x, w).astype(x.dtype)]
+def dots(x: jax.Array, ws: list[Packed], exact: bool) -> list[jax.Array]:
+    """x [in] times matrices [in, out] -> [[out], ...], each as if it were the only one."""
+    arrays = [w.panels for w in ws] + [w.scales for w in ws if w.scales is not None]
+    static = {"count": len(ws), "block": ws[0].block, "exact": exact}
+    ys = dot_packed_p.bind(x[None], *arrays, **static)
+    return [y[0, : w.columns] for y, w in zip(ys, ws, strict=True)]
+
+
+def _run_packed(x, *arrays, count, block, exact):
+    """x [M, K], ws [P, K, 64], scales [P, K / block, 64] if they are int8 -> [[M, 64 P], ...]."""
+    ws, scales = arrays[:count], arrays[count:]
+    is_narrow = exact and x.dtype.itemsize < 4
+    x = rounded(x) if is_narrow else x
+    wide = x.astype(jnp.float32)
+    if len(x) <= _FEW_ROWS:
+        ys = few_rows.products(wide, ws, block, scales)
+    elif not scales:
+        ys = [matmul(wide, w, block, "panels") for w in ws]
+    else:
+        ys = [dot(x, _matrix(*w).astype(x.dtype)) for w in zip(ws, scales, strict=True)]
+    ys = [y.astype(x.dtype) for y in ys]
+    return [rounded(y) for y in ys] if is_narrow else ys
 
 
 def _matrix(panels, scales=None):

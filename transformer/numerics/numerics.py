@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from kernels.exact import functions, sums
 from kernels.exact.total import total
 from kernels.ragged_dot import ragged_dot
-from transformer.numerics import log_softmax
-from transformer.numerics.layouts import dot_by_output
+from transformer.numerics import layouts, log_softmax
 from transformer.numerics.matrix import is_matrix
 from transformer.numerics.products import exact_dot, exact_ragged_dot, fast_dot
 
@@ -52,12 +51,18 @@ class Numerics:
         w = self.cast(w, x.dtype)
         return exact_dot(x, w) if self.exact else fast_dot(x, w)
 
+    def dots(self, x, ws):
+        """x [K] times each matrix of a list -> [[N], ...], in one go where that is faster."""
+        if layouts.can_share(ws):
+            return layouts.dots(x, ws, self.exact)
+        return [self.dot(x, w) for w in ws]
+
     def dot_table(self, x, table):
         """x [E] times the transpose of a table [V, E] -> [V], in the type of x."""
         if is_matrix(table):
             return table.T.dot(x, self.exact)
         table = self.cast(table, x.dtype)
-        return dot_by_output(x, table) if self.exact else fast_dot(x, table, by_output=True)
+        return layouts.dot_by_output(x, table) if self.exact else fast_dot(x, table, by_output=True)
 
     def ragged_dot(self, x, w, sizes):
         """Rows [M, K] sorted by group, times the matrix of each, w [X, K, N]; sizes [X]."""

@@ -14,13 +14,13 @@ from kernels.tracing import primitive
 
 
 def define(name: str, run: Callable, jvp: Callable | None = None) -> core.Primitive:
-    """Makes a primitive of products, with x [M, K] as its first operand and [[M, N]] as results.
+    """Makes a primitive of products, with x [M, K] as first operand and results [[M, N], ...].
 
-    Mapped tokens become rows; products with several matrices run one after the other.
+    Mapped tokens become rows; where matrices are mapped, products run one after the other.
 
     Args:
       name, jvp: as in `primitive.define`.
-      run: `run(x, *w, **static) -> [y]`, where w are arrays that make up the matrix.
+      run: `run(x, *w, **static) -> [y, ...]`, where w are arrays that make up the matrices.
     """
 
     def batch(axis, operands, dims, **static):
@@ -28,8 +28,8 @@ def define(name: str, run: Callable, jvp: Callable | None = None) -> core.Primit
             return primitive.in_turn(made, axis, operands, dims, **static)
         x, *w = operands
         x = jnp.moveaxis(x, dims[0], 0)
-        [y] = made.bind(x.reshape(-1, x.shape[-1]), *w, **static)
-        return [y.reshape(axis.size, -1, y.shape[-1])], [0]
+        ys = made.bind(x.reshape(-1, x.shape[-1]), *w, **static)
+        return [y.reshape(axis.size, -1, y.shape[-1]) for y in ys], [0] * len(ys)
 
     made = primitive.define(name, run, batch, jvp)
     return made

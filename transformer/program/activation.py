@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def activate(spec, hidden, gate):
+def activate(spec, hidden, gate=None):
     """[F] -> [F]: a nonlinearity, or that of a gate times the hidden layer (arXiv:2002.05202)."""
     config = spec.config
     if config.feed_forward == "swiglu_clipped":

@@ -6,7 +6,7 @@ from flax import struct
 from transformer.memory.cache import Turn
 from transformer.memory.quantised import QuantisedSoftmax
 from transformer.memory.softmax import Softmax
-from transformer.program.linear import Linear, Norm, linear, norm
+from transformer.program.linear import Linear, Norm, linear, linears, norm
 from transformer.program.positions import alibi_slopes, rotate
 from transformer.program.remat import segment
 from transformer.program.spec import LayerSpec
@@ -48,9 +48,9 @@ def project(spec, params, x, i):
     """What the token asks and writes: x [E] -> q [N, H], k [K, H], v [K, H]."""
     mixer = params.mixer
     x = norm(spec, params.mixer_norm, x)
-    q = _heads(spec, linear(spec, mixer.query, x), mixer.q_norm)
-    k = _heads(spec, linear(spec, mixer.key, x), mixer.k_norm)
-    v = _heads(spec, linear(spec, mixer.value, x))
+    q, k, v = linears(spec, [mixer.query, mixer.key, mixer.value], x)
+    q, k = _heads(spec, q, mixer.q_norm), _heads(spec, k, mixer.k_norm)
+    v = _heads(spec, v)
     if spec.config.positions == "rotary":
         q, k = rotate(spec, q, i), rotate(spec, k, i)
     return q, k, v

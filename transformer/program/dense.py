@@ -4,7 +4,7 @@ import jax
 from flax import struct
 
 from transformer.program.activation import activate
-from transformer.program.linear import Linear, linear
+from transformer.program.linear import Linear, linear, linears
 
 
 @struct.dataclass
@@ -18,6 +18,5 @@ class FeedForward:
 
 def dense(spec, params: FeedForward, x: jax.Array) -> jax.Array:
     """x [E] -> [E]."""
-    hidden = linear(spec, params.up, x)
-    gate = None if params.gate is None else linear(spec, params.gate, x)
-    return linear(spec, params.down, activate(spec, hidden, gate))
+    parts = [part for part in (params.up, params.gate) if part is not None]
+    return linear(spec, params.down, activate(spec, *linears(spec, parts, x)))

@@ -26,11 +26,20 @@ class Norm:
 
 def linear(spec, params: Linear, x):
     """x [in] -> [out], computed in x's dtype."""
-    y = spec.numerics.dot(x, params.weight)
-    if params.bias is None:
+    return linears(spec, [params], x)[0]
+
+
+def linears(spec, parts: list[Linear], x):
+    """x [in] through each of several -> [[out], ...]."""
+    ys = spec.numerics.dots(x, [part.weight for part in parts])
+    return [_biased(spec, part.bias, y) for part, y in zip(parts, ys, strict=True)]
+
+
+def _biased(spec, bias, y):
+    if bias is None:
         return y
     narrowed = spec.numerics.narrowed
-    return narrowed(y + narrowed(params.bias.astype(x.dtype)))
+    return narrowed(y + narrowed(bias.astype(y.dtype)))
 
 
 def norm(spec, params: Norm | None, x, epsilon: float | None = None):

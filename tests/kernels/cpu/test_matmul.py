@@ -7,7 +7,7 @@ import pytest
 
 from kernels.cpu.call import is_available
 from kernels.cpu.matmul import matmul
-from kernels.cpu.product import panels, product
+from kernels.cpu.product import panels, products
 from kernels.cpu.tiles import TYPES
 from kernels.exact.order import chains
 
@@ -30,7 +30,7 @@ def test_each_row_is_a_sum_in_one_order(layout, turned, dtype, rng):
         w = jnp.asarray(rng.standard_normal((K, N)), dtype)
         y = run(jnp.array(x.T) if turned else x, LAYOUTS[layout](w), block, layout, turned)
         np.testing.assert_array_equal(y[:, :N], chains(x, np.asarray(w, np.float32), block))
-        few = product(x[:3], panels(w), block)
+        [few] = products(x[:3], [panels(w)], block)
         np.testing.assert_array_equal(y[:3, :N], few[:, :N])
 
 
