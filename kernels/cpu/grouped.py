@@ -24,7 +24,7 @@ def grouped(x, w, sizes, block: int, layout="rows"):
       x: float32; the rows of a group lie together, in the order of the groups.
       w: of one of `TYPES`; [X, N, K] in the layout "columns".
       sizes: [X], int32: the rows of each group. What they do not sum up to are rows of zeros.
-      block: terms of a chain, as in `kernels.cpu.product.product`.
+      block: terms of a chain, as in `kernels.cpu.product.products`.
     """
     M, N = len(x), w.shape[1 if layout == "columns" else 2]
     if 0 in (M, N, x.size, len(w)):
