@@ -35,11 +35,11 @@ class Figure:
 
     def memory_bound(self, limits: "Limits") -> bool:
         """Whether moving its bytes takes the machine longer than its arithmetic."""
-        return self.bytes / limits.bandwidth > self.flops / limits.flops
+        return self.bytes / limits.read > self.flops / limits.flops
 
     def share(self, limits: "Limits") -> float:
         """The least time that the machine could take, as a share of the time it took."""
-        return max(self.flops / limits.flops, self.bytes / limits.bandwidth) / self.median
+        return max(self.flops / limits.flops, self.bytes / limits.read) / self.median
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,15 @@ class KernelFigure(Figure):
 class Limits:
     """The speeds that the machine reaches in the simplest programs.
 
-    read: bytes/s in a matrix-vector product, which reads each number once.
-    copy: bytes/s in changing an array in place, counting bytes read and bytes written.
+    read: bytes/s in a product of one row and a matrix, which reads each number once.
     flops: FLOP/s in a product of large matrices.
     """
 
     read: float
-    copy: float
     flops: float
 
-    @property
-    def bandwidth(self) -> float:
-        """Bytes/s, by the better of two ways to move them."""
-        return max(self.read, self.copy)
-
     def __str__(self):
-        return (
-            f"reads {self.read / 1e9:.0f} GB/s, copies {self.copy / 1e9:.0f} GB/s, "
-            f"multiplies {self.flops / 1e12:.2g} TFLOP/s"
-        )
+        return f"reads {self.read / 1e9:.0f} GB/s, multiplies {self.flops / 1e12:.2g} TFLOP/s"
 
 
 def compiled(function: Callable, *operands, donate=()):
@@ -108,11 +98,14 @@ def timed(call: Callable[[], object], repeats: int, budget=math.inf) -> tuple[fl
 def measure_limits(dtype, repeats: int) -> Limits:
     """Measures this machine's limits for numbers of a dtype, each by the median of some runs.
 
-    The rate of products is the best of several shapes, on a CPU by XLA or by NumPy; memory is read
-    and copied in an array that no cache holds.
+    The rate of products is the best of several shapes, on a CPU by XLA or by NumPy. Memory is read
+    in an array that no cache holds, by XLA or by the kernel that decoding takes.
     """
     import jax
     import jax.numpy as jnp
+
+    from transformer.numerics.layouts import lay_out
+    from transformer.numerics.numerics import FAST
 
     on_cpu = jax.default_backend() == "cpu"
     tall = jnp.ones((2**15 if on_cpu else 2**18, 4096), dtype)
@@ -125,14 +118,14 @@ def measure_limits(dtype, repeats: int) -> Limits:
         program, _ = compiled(jnp.matmul, a, b)
         return seconds(lambda: program(a, b))
 
-    def negate():  # in place: new memory would be timed with it
-        nonlocal tall
-        tall = negative(tall)
-        return tall
+    def multiply_packed(w, x):
+        program, _ = compiled(lambda w, x: FAST.dot(x, w), w, x)
+        return seconds(lambda: program(w, x))
 
-    read = tall.nbytes / multiply(tall, vector)
-    negative, _ = compiled(jnp.negative, tall, donate=0)
-    copy = 2 * tall.nbytes / seconds(negate)
+    times = [multiply(tall, vector)]
+    if on_cpu:
+        times.append(multiply_packed(lay_out(tall.T, exact=False), vector))
+    read = tall.nbytes / min(times)
     del tall
     side = 2048 if on_cpu else 8192
     rates = []
@@ -143,4 +136,4 @@ def measure_limits(dtype, repeats: int) -> Limits:
             x, y = np.asarray(a), np.asarray(b)
             times.append(seconds(lambda x=x, y=y: x @ y))
         rates.append(2 * m * k * n / min(times))
-    return Limits(read, copy, max(rates))
+    return Limits(read, max(rates))

@@ -5,7 +5,7 @@ import pytest
 from experiments.suites import report
 from experiments.suites.timing import Figure, KernelFigure, Limits
 
-LIMITS = Limits(read=36e9, copy=59e9, flops=0.46e12)
+LIMITS = Limits(read=59e9, flops=0.46e12)
 FIGURES = {
     "model": "gpt2-medium",
     "weights": None,

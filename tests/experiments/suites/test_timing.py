@@ -27,10 +27,9 @@ def test_a_function_is_compiled_for_its_operands():
 
 
 def test_a_figure_is_held_against_what_bounds_it():
-    limits = Limits(read=1e9, copy=2e9, flops=1e12)
-    assert limits.bandwidth == 2e9
+    limits = Limits(read=2e9, flops=1e12)
     slow_memory = Figure("s", "c", 1, (1.0, 2.0, 4.0), 0.0, flops=1e12, bytes=3e9)
     assert slow_memory.memory_bound(limits) and slow_memory.share(limits) == pytest.approx(0.75)
     slow_sums = Figure("s", "c", 1, (1.0, 2.0, 4.0), 0.0, flops=1e12, bytes=1e9)
     assert not slow_sums.memory_bound(limits) and slow_sums.share(limits) == pytest.approx(0.5)
-    assert "reads 1 GB/s, copies 2 GB/s, multiplies 1 TFLOP/s" in str(limits)
+    assert "reads 2 GB/s, multiplies 1 TFLOP/s" in str(limits)

@@ -14,6 +14,7 @@ from jax.extend import core
 
 from kernels.dot import dot_p
 from kernels.exact.total import powers_p, total_p
+from kernels.ragged_dot import ragged_dot_p
 from kernels.tracing.linear import linear_call_p
 from transformer.memory.instruction import POSITIONS, Operands, read_p, write_read_p
 from transformer.numerics.layouts import dot_by_output_p, dot_packed_p
@@ -32,6 +33,7 @@ OURS = {
     linear_call_p,
     powers_p,
     quantised_dot_p,
+    ragged_dot_p,
     total_p,
 }
 
