@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 
 from transformer.memory.instruction import POSITIONS
 from transformer.memory.rules import Rule
-from transformer.modes.contract.tracing import INSTRUCTIONS, OURS, jaxprs
+from transformer.modes.contract.tracing import INSTRUCTIONS, KERNELS, OURS, jaxprs
 
 # Effects that connect no tokens: those of named axes are looked at by name, those of references by
 # where the reference comes from.
@@ -69,7 +69,7 @@ def broken_rules(eqn, varies: bool) -> Iterator[tuple[Rule, str]]:
 
 def is_known(primitive: Primitive) -> bool:
     """Whether a primitive is JAX's, or one of ours."""
-    return primitive in INSTRUCTIONS | OURS or primitive in _of_jax(len(sys.modules))
+    return primitive in INSTRUCTIONS | OURS | KERNELS or primitive in _of_jax(len(sys.modules))
 
 
 def axes(eqn) -> set:
