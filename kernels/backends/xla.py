@@ -196,7 +196,7 @@ def _gradients(options, operands, fixed):
     blocks, shared = Blocks((keys, values), batched=True), Shared(alibi=alibi)
     plain = replace(options, exact=False)  # derivatives have no order to keep
     if many_queries.can_attend(q, blocks, where, shared, plain):
-        return on_cpu_gradients(*operands, where, options)
+        return on_cpu_gradients(*operands, where, alibi, options)
     return _gradients_by_tiles(options, operands, fixed)
 
 

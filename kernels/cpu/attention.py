@@ -14,7 +14,9 @@ from kernels.blocks import Blocks
 from kernels.cells import is_ring
 from kernels.cpu.call import Frame, Kernel, is_available, register
 from kernels.cpu.code import LANES, Code
-from kernels.cpu.softmax import TILE, exp, largest, weights
+from kernels.cpu.functions import exp
+from kernels.cpu.scores import Bends, optional
+from kernels.cpu.softmax import TILE, largest, weights
 from kernels.cpu.tiles import TYPES
 from kernels.exact import attention as exact
 from kernels.exact.sums import rounded
@@ -28,12 +30,10 @@ _LOWEST = -3.4e38
 
 
 def can_read(blocks: Blocks, q, shared: Shared, options: Options) -> bool:
-    """Whether `read` does this: cells of few types, and scores without a cap or ALiBi."""
-    if not is_available() or shared.alibi is not None or options.soft_cap is not None:
-        return False
+    """Whether `read` does this: floats of few types."""
     arrays = jax.tree.leaves(blocks.arrays)
     (S, H), Hv = arrays[0].shape[-2:], arrays[-1].shape[-1]
-    fits = len(arrays) == 2 and S > 0 and H % LANES == Hv % LANES == 0
+    fits = is_available() and len(arrays) == 2 and S > 0 and H % LANES == Hv % LANES == 0
     fits = fits and all(x.dtype.name in TYPES for x in (*arrays, q))
     return fits and (not options.exact or exact.is_in_order(S, H, Hv))
 
@@ -43,7 +43,6 @@ def read(blocks: Blocks, i, q, shared: Shared, options: Options):
     keys, values = blocks.arrays
     S = keys.shape[-2]
     layer = None if blocks.layer is None else blocks.layer.astype(jnp.int32)
-    sinks = None if shared.sinks is None else shared.sinks.astype(jnp.float32)
     scaled = rounded(q[:, 0].astype(jnp.float32) * options.scale)
     i = jnp.broadcast_to(i[:, 0], (len(q),)).astype(jnp.int32)
     static = {
@@ -52,13 +51,14 @@ def read(blocks: Blocks, i, q, shared: Shared, options: Options):
         "window": np.int64(options.window or 2**31),
     }
     block = "b" * blocks.batched + "l" * (layer is not None) + "kch"
-    operands = scaled, keys, values, i, layer, sinks
-    axes = "bnh", block, block, "b", "", "n"
-    [z] = split_by_rows_and_heads(partial(_call, static), operands, axes, ["bnh"])
+    call = partial(_call, static, options.soft_cap)
+    operands = scaled, keys, values, i, layer, shared.sinks, shared.alibi
+    axes = "bnh", block, block, "b", "", "n", "n"
+    [z] = split_by_rows_and_heads(call, operands, axes, ["bnh"])
     return rounded(z.astype(q.dtype))[:, None]
 
 
-def _call(static, q, keys, values, i, layer, sinks):
+def _call(static, soft_cap, q, keys, values, i, layer, sinks, slopes):
     """q [B, N, H], keys [..., K, S, H], values [..., K, S, Hv], i [B] -> [z [B, N, Hv]]."""
     (B, N, H), (K, S, _), Hv = q.shape, keys.shape[-3:], values.shape[-1]
     layers = 1 if layer is None else keys.shape[-4]
@@ -66,9 +66,9 @@ def _call(static, q, keys, values, i, layer, sinks):
     # Room for the scores, from the beginning of the first tile on.
     scores = jax.ShapeDtypeStruct((B, K, N // K, -(-S // TILE) * TILE + TILE), jnp.float32)
     layer = jnp.zeros((), jnp.int32) if layer is None else layer
-    sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks
+    of_scores = map(optional, (sinks, soft_cap, slopes))
     call = jax.ffi.ffi_call(register(_kernel(keys.dtype.name, values.dtype.name)), (result, scores))
-    operands = q.reshape(B, K, N // K, H), keys, values, i, layer, sinks
+    operands = q.reshape(B, K, N // K, H), keys, values, i, layer, *of_scores
     return [call(*operands, **static, layers=np.int64(layers))[0].reshape(B, N, Hv)]
 
 
@@ -82,7 +82,7 @@ def _kernel(key_type, value_type):
 def _head(frame: Frame, part, key_type, value_type):
     """All query heads of one key head of one sequence."""
     code = frame.code
-    q, keys, values, positions, layer, sinks = (frame.operand(n) for n in range(6))
+    q, keys, values, positions, layer, sinks, cap, slopes = (frame.operand(n) for n in range(8))
     z, scores = frame.result(0), frame.result(1)
     cells, ring, layers, window = (frame.attribute(n) for n in range(4))
     K, G, H, Hv = q.size(1), q.size(2), q.size(3), z.size(3)
@@ -96,7 +96,7 @@ def _head(frame: Frame, part, key_type, value_type):
     where = _Cells(code, cells, ring)
     keys = keys.address + block * cells * H * TYPES[key_type]
     values = values.address + block * cells * Hv * TYPES[value_type]
-    zero = code.number(0.0)
+    zero, bends = code.number(0.0), Bends(code, cap, slopes)
     queries, scores = q.address + part * G * H * 4, scores.address + part * G * places * 4
     done = code.variable(0)
     for several in _HEADS:
@@ -116,6 +116,8 @@ def _head(frame: Frame, part, key_type, value_type):
         least, whole = code.variable(code.number(_LOWEST)), code.variable(zero)
         with code.when(sinks.size(0) > 0):
             least.set(code.float(sink))
+        with code.when(bends.is_any()):
+            bends.bend(score, first - origin, stop - origin, head * G + g, i - origin)
         peak = largest(code, at, first, stop, least.get())
         with code.loop(0, Hv, LANES) as h:
             code.put(code.splat(zero), read + h * 4)

@@ -154,6 +154,10 @@ class Code:
         """A float that is a whole number, as an integer of 32 bits."""
         return Value(self, self.builder.fptosi(x.value, self._like(x, _lane)))
 
+    def from_integers(self, x: Value) -> Value:
+        """Integers of 32 bits as floats."""
+        return Value(self, self.builder.sitofp(x.value, self._like(x, _float)))
+
     def float_of_bits(self, x: Value) -> Value:
         """The float that these 32 bits mean."""
         return Value(self, self.builder.bitcast(x.value, self._like(x, _float)))

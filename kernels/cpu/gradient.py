@@ -14,8 +14,9 @@ import numpy as np
 
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.code import LANES, Code, Value
+from kernels.cpu.functions import exp
 from kernels.cpu.queries import Queries, position_operands
-from kernels.cpu.softmax import exp
+from kernels.cpu.scores import Bends, optional
 from kernels.cpu.tiles import COLUMNS, ROW, TYPES, clear, copy_columns, copy_rows, multiply
 from kernels.operands import Where
 from kernels.options import Options
@@ -23,7 +24,7 @@ from kernels.options import Options
 _ROWS = 96  # queries times heads at a time
 
 
-def gradients(q, keys, values, dz, lse, delta, where: Where, options: Options):
+def gradients(q, keys, values, dz, lse, delta, where: Where, alibi, options: Options):
     """The gradients of q, keys and values, in float32.
 
     Args:
@@ -32,7 +33,8 @@ def gradients(q, keys, values, dz, lse, delta, where: Where, options: Options):
       lse: the log-sum-exp [B, T, N].
       delta: [B, T, N], what is taken from the gradient of each weight.
       where: with cells that hold their own positions.
-      options: without a soft cap.
+      alibi: the slopes [N], or None.
+      options: scale, window and soft cap.
     """
     (B, T, N, H), (K, S), Hv = q.shape, keys.shape[1:3], values.shape[-1]
     wide = lambda x: x.astype(jnp.float32)
@@ -43,6 +45,7 @@ def gradients(q, keys, values, dz, lse, delta, where: Where, options: Options):
     dq, dkeys, dvalues = call(
         *(wide(q) * options.scale, keys, values, wide(dz), wide(lse), wide(delta)),
         *position_operands(where, B, T),
+        *map(optional, (options.soft_cap, alibi)),
         queries=np.int64(max(1, _ROWS * K // N)),
         window=np.int64(options.window or 2**31),
     )
@@ -98,7 +101,7 @@ def _room(frame):
 
 def _part(frame: Frame, part, key_type, value_type):
     code, s = frame.code, _sizes(frame)
-    q, keys, values, dz, lse, delta, positions, starts = (frame.operand(n) for n in range(8))
+    q, keys, values, dz, lse, delta, positions, starts, *bends = map(frame.operand, range(10))
     row, head = part // s.K, part % s.K
     block, cells = part * s.S, (s.S + (COLUMNS - 1)) // COLUMNS * COLUMNS
     of_head = (row * s.T, s.N, s.group, head * s.group, positions, starts)
@@ -115,6 +118,7 @@ def _part(frame: Frame, part, key_type, value_type):
         _Numbers(keys.address + block * s.H * TYPES[key_type], s.H, key_type),
         _Numbers(values.address + block * s.Hv * TYPES[value_type], s.Hv, value_type),
         (lse.address, delta.address),
+        Bends(code, *bends),
         (panel, scores, slopes),
         _Sums(held, s.rows, s.H),
         _Sums(upstream, s.rows, s.Hv),
@@ -181,6 +185,7 @@ class _Part(NamedTuple):
     keys: _Numbers
     values: _Numbers
     of_queries: tuple  # the log-sum-exp and delta
+    bends: Bends
     room: tuple  # a panel, scores and their gradients
     q: _Sums
     dz: _Sums
@@ -230,14 +235,30 @@ class _Part(NamedTuple):
         """Makes scores of a query head weights, and the gradients of weights those of scores."""
         code, s = self.code, self.sizes
         first, last = self.queries.seen(begin + n // s.group, start)
-        place = self.queries.place(begin, n) * 4
+        place, zeros = self.queries.place(begin, n) * 4, code.splat(code.number(0.0))
         lse, delta = (code.splat(code.float(x + place)) for x in self.of_queries)
+        delta = code.variable(delta)
+        with code.when(self.bends.has_cap()):
+            self._bend(scores, slopes, delta.get())
+            delta.set(zeros)
+        with code.when(self.bends.has_slopes()):
+            head = self.queries.head + n % s.group
+            distance = self.queries.position(begin + n // s.group) - cell
+            self.bends.lean(scores, 0, COLUMNS, head, distance)
         low, high = (code.splat(code.narrow(x - cell)) for x in (first, last))
-        zeros = code.splat(code.number(0.0))
         for c in range(0, COLUMNS, LANES):
             places = code.counted(code.constant(c))
             seen = (places >= low) & (places < high)
             weight = exp(code, code.vector(scores + 4 * c) - lse)
-            slope = weight * (code.vector(slopes + 4 * c) - delta)
+            slope = weight * (code.vector(slopes + 4 * c) - delta.get())
             code.put(code.select(seen, weight, zeros), scores + 4 * c)
             code.put(code.select(seen, slope, zeros), slopes + 4 * c)
+
+    def _bend(self, scores, slopes, delta):
+        """Caps scores, and takes delta from gradients, of which it leaves what the cap does."""
+        code = self.code
+        with code.loop(0, COLUMNS, LANES) as c:
+            bent, score = self.bends.capped(code.vector(scores + c * 4))
+            left = code.splat(code.number(1.0)) - bent * bent
+            code.put(score, scores + c * 4)
+            code.put((code.vector(slopes + c * 4) - delta) * left, slopes + c * 4)

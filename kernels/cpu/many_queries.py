@@ -16,8 +16,10 @@ import numpy as np
 from kernels.blocks import Blocks
 from kernels.cpu.call import Buffer, Frame, Kernel, register
 from kernels.cpu.code import LANES, Code, Value
+from kernels.cpu.functions import exp
 from kernels.cpu.queries import Queries, position_operands
-from kernels.cpu.softmax import TILE, exp, largest, weights
+from kernels.cpu.scores import Bends, optional
+from kernels.cpu.softmax import TILE, largest, weights
 from kernels.cpu.tiles import (
     COLUMNS,
     ROW,
@@ -42,10 +44,8 @@ _LOWEST = -3.4e38
 
 
 def can_attend(q, blocks: Blocks, where: Where, shared: Shared, options: Options) -> bool:
-    """Whether `attend` does this: cells of few types that hold their own positions, no caps."""
+    """Whether `attend` does this: floats of few types in cells that hold their own positions."""
     if not has_kernel() or where.kv_positions is not None:
-        return False
-    if shared.alibi is not None or options.soft_cap is not None:
         return False
     arrays = jax.tree.leaves(blocks.arrays)
     (S, H), Hv = arrays[0].shape[-2:], arrays[-1].shape[-1]
@@ -59,14 +59,14 @@ def attend(q, blocks: Blocks, where: Where, shared: Shared, options: Options):
     (B, T, N, _), (keys, values) = q.shape, blocks.arrays
     K, S, Hv = *keys.shape[-3:-1], values.shape[-1]
     scaled = rounded(q.astype(jnp.float32) * options.scale)
-    sinks = jnp.zeros(0) if shared.sinks is None else shared.sinks
     layer = jnp.zeros((), jnp.int32) if blocks.layer is None else blocks.layer
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, N, Hv), *[(B, T, N)] * 2)]
     kernel = register(_kernel(keys.dtype.name, values.dtype.name))
     call = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")
     z, peak, whole = call(
         *(scaled, keys, values, *position_operands(where, B, T)),
-        *(layer.astype(jnp.int32), sinks.astype(jnp.float32)),
+        layer.astype(jnp.int32),
+        *map(optional, (shared.sinks, options.soft_cap, shared.alibi)),
         cells=np.int64(S),
         heads=np.int64(K),
         layers=np.int64(1 if blocks.layer is None else keys.shape[-4]),
@@ -137,7 +137,7 @@ def _room(frame):
 
 def _part(frame: Frame, part, key_type, value_type):
     code, s = frame.code, _sizes(frame)
-    q, keys, values, positions, starts, layer, sinks = (frame.operand(n) for n in range(7))
+    q, keys, values, positions, starts, layer, sinks, *bends = (frame.operand(n) for n in range(9))
     B = q.size(0)
     tiles = (s.T + (s.queries - 1)) // s.queries
     # Late queries see most, and come first, so that none of them is left for the end.
@@ -151,6 +151,7 @@ def _part(frame: Frame, part, key_type, value_type):
         Queries(code, s.cells, s.window, *of_head),
         q.address,
         sinks,
+        Bends(code, *bends),
         [frame.result(n).address for n in range(3)],
         (keys.address + block * s.H * TYPES[key_type], key_type),
         (values.address + block * s.Hv * TYPES[value_type], value_type),
@@ -168,6 +169,7 @@ class _Part(NamedTuple):
     queries: Queries
     q: Value
     sinks: Buffer
+    bends: Bends
     results: list
     keys: tuple
     values: tuple
@@ -225,7 +227,11 @@ class _Part(NamedTuple):
         last = code.larger(last, first)
         is_seen = first < last
         at = lambda p: scores + (p - origin) * 4
-        sink = self.sinks.address + (self.queries.head + n % s.group) * 4
+        head = self.queries.head + n % s.group
+        with code.when(self.bends.is_any()):
+            distance = self.queries.position(begin + n // s.group) - origin
+            self.bends.bend(scores, first - origin, last - origin, head, distance)
+        sink = self.sinks.address + head * 4
         least = code.variable(code.number(_LOWEST))
         with code.when(self.sinks.size(0) > 0):
             least.set(code.float(sink))

@@ -46,10 +46,14 @@ class Queries(NamedTuple):
         """Where query head n of those from query `begin` on lies among all."""
         return (self.row + begin + n // self.group) * self.heads + self.head + n % self.group
 
+    def position(self, t):
+        """Of query t."""
+        return self.code.small_integer(self.positions.address + (self.row + t) * 4)
+
     def seen(self, t, start):
         """Cells first <= p < stop that query t sees; none if they are not in this order."""
         code = self.code
-        i = code.small_integer(self.positions.address + (self.row + t) * 4)
+        i = self.position(t)
         first = code.larger(code.larger(i - self.window + 1, start), 0)
         return first, code.smaller(i + 1, self.cells)
 

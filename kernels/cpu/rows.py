@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.code import LANES
-from kernels.cpu.softmax import exp, largest
+from kernels.cpu.functions import exp
+from kernels.cpu.softmax import largest
 from kernels.exact.sums import in_pairs, levels
 
 

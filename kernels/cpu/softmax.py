@@ -1,7 +1,7 @@
 """The softmax of a query's scores on a CPU, in the order of `kernels.exact.attention`."""
 
 from kernels.cpu.code import LANES, Code, Value
-from kernels.exact import functions
+from kernels.cpu.functions import exp
 from kernels.exact.sums import TILE, in_pairs
 
 
@@ -21,22 +21,6 @@ def weights(code, tile, begin, end, peak, whole):
         code.put(code.select(seen, weight, zeros), tile + n * 4)
     total = in_pairs([code.vector(tile + 4 * n) for n in range(0, TILE, LANES)])
     whole.set(whole.get() + in_pairs([code.lane(total, n) for n in range(LANES)]))
-
-
-def exp(code: Code, x: Value) -> Value:
-    """`kernels.exact.functions.exp` of numbers up to 0."""
-    n = code.nearest(code.larger(x, -88.0) * functions.LOG2_E)
-    r = x - n * functions.LOG_2[0] - n * functions.LOG_2[1]
-    first, second, *others = functions.EXP
-    p = r * first + second
-    for c in others:
-        p = p * r + c
-    y = p * (r * r) + r + 1.0
-    n = code.whole(n)
-    half = n >> 1
-    y = y * code.float_of_bits((half + 127) << 23) * code.float_of_bits((n - half + 127) << 23)
-    y = code.select(x < -87.3, code.constant(0.0, y.value.type), y)
-    return code.select(x.equals(x), y, x)  # nan
 
 
 def largest(code: Code, at, begin, end, least: Value) -> Value:

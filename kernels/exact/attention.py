@@ -94,7 +94,8 @@ def _read(blocks, kv_positions, shared, options, q, positions, starts):
         visible &= (distance >= 0) & (held[:, None] >= seen[:, :, None])
         result = _product(q, tile(at)[0], turned=True)[..., :size]
         if options.soft_cap is not None:
-            result = rounded(options.soft_cap * functions.tanh(result / options.soft_cap))
+            cap = jnp.asarray(options.soft_cap, result.dtype)
+            result = rounded(cap * functions.tanh(result * (1 / cap)))
         if shared.alibi is not None:
             slopes = heads(shared.alibi)[..., None]
             result = result - rounded(slopes * distance[:, None, :, None].astype(result.dtype))

@@ -59,6 +59,13 @@ EXP = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
+TANH = (
+    -5.70498872745e-3,
+    2.06390887954e-2,
+    -5.37397155531e-2,
+    1.33314422036e-1,
+    -3.33332819422e-1,
+)
 
 
 def _exp(x):
@@ -108,15 +115,7 @@ def _log1p(x):
 def _tanh(x):
     size = jnp.abs(x)
     square = rounded(x * x)
-    p = _polynomial(
-        square,
-        -5.70498872745e-3,
-        2.06390887954e-2,
-        -5.37397155531e-2,
-        1.33314422036e-1,
-        -3.33332819422e-1,
-    )
-    near = rounded(rounded(p * square) * x) + x
+    near = rounded(rounded(_polynomial(square, *TANH) * square) * x) + x
     far = 1 - 2 / (rounded(_exp(2 * size)) + 1)
     return jnp.where(size < 0.625, near, jnp.sign(x) * far)
 

@@ -37,8 +37,10 @@ def test_a_query_reads_what_it_reads_alone(seed):
     # Anywhere, beyond the last cell too; where they are negative, padding.
     positions = rng.integers(-2, S + 2, (B, T)).astype(np.int32)
     blocks = Blocks((keys, values), jnp.int32(1) if layers else None, batched=True)
-    options = Options(H**-0.5, [None, 20][rng.integers(2)], exact=bool(rng.integers(2)))
-    shared, where = Shared(sinks), Where(positions)
+    cap, is_exact = [None, 1.5][rng.integers(2)], bool(rng.integers(2))
+    options = Options(H**-0.5, [None, 20][rng.integers(2)], cap, is_exact)
+    slopes = [None, rng.random(K * G, "float32") / 64][rng.integers(2)]
+    shared, where = Shared(sinks, slopes), Where(positions)
     assert can_attend(q, blocks, where, shared, options)
     z, lse = run(q, blocks, where, shared, options)
     assert z.dtype == dtype and lse.dtype == np.float32
@@ -49,7 +51,10 @@ def test_a_query_reads_what_it_reads_alone(seed):
     t, scores = rng.integers(T), []
     wide = np.asarray(keys[:, 1] if layers else keys, np.float64).repeat(G, 1)
     scores = np.einsum("bnh,bnsh->bns", np.asarray(q[:, t], np.float64), wide) * H**-0.5
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
     distance = positions[:, t, None] - np.arange(S)
+    if slopes is not None:
+        scores -= np.float64(slopes)[:, None] * distance[:, None]
     seen = (distance >= 0) & (distance < (options.window or S + 3)) & (positions[:, t, None] >= 0)
     total = np.where(seen[:, None], np.exp(scores), 0).sum(-1)
     total += (0 if sinks is None else np.exp(np.float64(sinks))) * (total > 0)
@@ -70,10 +75,12 @@ def test_documents(seed):
     where = Where(np.arange(T, dtype=np.int32)[None], None, np.take_along_axis(starts, which, 1))
     keys, values, q = (rng.standard_normal(s) for s in ((2, 2, T, 16), (2, 2, T, 8), (2, T, 4, 16)))
     blocks = Blocks((np.float32(keys), np.float32(values)), batched=True)
-    options = Options(0.25, [None, 30][rng.integers(2)], exact=True)
-    assert can_attend(np.float32(q), blocks, where, Shared(), options)
-    made = run(np.float32(q), blocks, where, Shared(), options)
-    expected = elsewhere(np.float32(q), blocks, where, Shared(), options)
+    cap, slopes = [(None, None), (0.7, rng.random(4, "float32"))][rng.integers(2)]
+    options = Options(0.25, [None, 30][rng.integers(2)], cap, exact=True)
+    shared = Shared(alibi=slopes)
+    assert can_attend(np.float32(q), blocks, where, shared, options)
+    made = run(np.float32(q), blocks, where, shared, options)
+    expected = elsewhere(np.float32(q), blocks, where, shared, options)
     jax.tree.map(np.testing.assert_array_equal, made, expected)
 
 
@@ -99,7 +106,5 @@ def test_what_it_does_not_do_it_leaves():
     blocks, where = Blocks((block, block), batched=True), Where(jnp.arange(2)[None])
     assert can_attend(q, blocks, where, Shared(), Options(1.0))
     assert not can_attend(q[:, :1], blocks, where, Shared(), Options(1.0))
-    assert not can_attend(q, blocks, where, Shared(), Options(1.0, soft_cap=5.0))
-    assert not can_attend(q, blocks, where, Shared(alibi=jnp.ones(1)), Options(1.0))
     held = Where(jnp.arange(2)[None], jnp.arange(8)[None])
     assert not can_attend(q, blocks, held, Shared(), Options(1.0))
