@@ -166,10 +166,10 @@ class Code:
         """An integer of 64 bits in 32."""
         return Value(self, self.builder.trunc(x.value, _lane))
 
-    def counted(self, first: Value) -> Value:
+    def counted(self, first: Value, lanes=LANES) -> Value:
         """A vector of integers of 32 bits, from the first one on."""
-        steps = ir.Constant(ir.VectorType(_lane, LANES), list(range(LANES)))
-        return self.splat(self.narrow(first)) + Value(self, steps)
+        steps = ir.Constant(ir.VectorType(_lane, lanes), list(range(lanes)))
+        return self.splat(self.narrow(first), lanes) + Value(self, steps)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         """x * y + z, rounded once."""

@@ -236,29 +236,21 @@ class _Part(NamedTuple):
         code, s = self.code, self.sizes
         first, last = self.queries.seen(begin + n // s.group, start)
         place, zeros = self.queries.place(begin, n) * 4, code.splat(code.number(0.0))
-        lse, delta = (code.splat(code.float(x + place)) for x in self.of_queries)
-        delta = code.variable(delta)
+        lse, delta = (code.float(x + place) for x in self.of_queries)
+        lse, delta = code.splat(lse), code.variable(delta)
         with code.when(self.bends.has_cap()):
-            self._bend(scores, slopes, delta.get())
-            delta.set(zeros)
+            self.bends.cap_gradients(scores, slopes, COLUMNS, delta.get())
+            delta.set(code.number(0.0))
         with code.when(self.bends.has_slopes()):
             head = self.queries.head + n % s.group
             distance = self.queries.position(begin + n // s.group) - cell
             self.bends.lean(scores, 0, COLUMNS, head, distance)
+        delta = code.splat(delta.get())
         low, high = (code.splat(code.narrow(x - cell)) for x in (first, last))
         for c in range(0, COLUMNS, LANES):
             places = code.counted(code.constant(c))
             seen = (places >= low) & (places < high)
             weight = exp(code, code.vector(scores + 4 * c) - lse)
-            slope = weight * (code.vector(slopes + 4 * c) - delta.get())
+            slope = weight * (code.vector(slopes + 4 * c) - delta)
             code.put(code.select(seen, weight, zeros), scores + 4 * c)
             code.put(code.select(seen, slope, zeros), slopes + 4 * c)
-
-    def _bend(self, scores, slopes, delta):
-        """Caps scores, and takes delta from gradients, of which it leaves what the cap does."""
-        code = self.code
-        with code.loop(0, COLUMNS, LANES) as c:
-            bent, score = self.bends.capped(code.vector(scores + c * 4))
-            left = code.splat(code.number(1.0)) - bent * bent
-            code.put(score, scores + c * 4)
-            code.put((code.vector(slopes + c * 4) - delta) * left, slopes + c * 4)

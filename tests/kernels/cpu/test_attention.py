@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="kernels of a CPU, wi
 def formula(keys, values, i, q, sinks, slopes, options):
     """Of one sequence, in float64: keys [K, S, H], values [K, S, Hv], q [N, H] -> [N, Hv]."""
     window, cap = options.window, options.soft_cap
-    K, S, H = keys.shape
+    K, S = keys.shape[:2]
     held = np.arange(S) if window != S else np.asarray(ring_positions(np.array([[i]]), S))[0]
     seen = (held >= 0) & (held <= i) & (held > i - (window or S + i + 1))
     if not seen.any():
