@@ -57,7 +57,7 @@ def attend(q, keys, values, where: Where, shared: Shared, *, options: Options):
 # moving: q, keys, values and sinks, which have gradients; fixed: the rest.
 def _plain(options, moving, fixed, forward):
     (q, keys, values, sinks), (where, alibi) = moving, fixed
-    blocks = Blocks((keys, values), batched=True)
+    blocks = _readable(Blocks((keys, values), batched=True), q, options)
     return forward(q, blocks, where, Shared(sinks, alibi), options)
 
 
@@ -97,6 +97,7 @@ def decode(blocks: Blocks, i, cell, q, shared: Shared, *, options: Options):
 
 def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
     """`kernels.write_read.read`: tiles of the blocks are read where they lie."""
+    blocks = _readable(blocks, q, options)
     if on_cpu.can_read(blocks, q, shared, options):
         return on_cpu.read(blocks, i, q, shared, options)
     size, where = jax.tree.leaves(blocks.arrays)[0].shape[-2], Where(i)
@@ -109,6 +110,13 @@ def read(blocks: Blocks, i, q, shared: Shared, *, options: Options):
     return _forward(q, blocks, where, shared, options)[0]
 
 
+def _readable(blocks, q, options):
+    """The blocks, of floats where exact numerics read them."""
+    if options.exact and any(map(is_int8, blocks.arrays)):
+        return Blocks(floats(blocks.take(), q.dtype), batched=True)
+    return blocks
+
+
 def _forward(q, blocks, where, shared, options):
     """`attend` on blocks as they lie, without a gradient."""
     if many_queries.can_attend(q, blocks, where, shared, options):
@@ -119,8 +127,6 @@ def _forward(q, blocks, where, shared, options):
 def _by_tiles(q, blocks, where, shared, options):
     """`_forward` in JAX's operations: tile by tile, so no copy is made."""
     if options.exact:
-        if any(map(is_int8, blocks.arrays)):
-            blocks = Blocks(floats(blocks.take(), q.dtype), batched=True)
         return exact.forward(q, blocks, where, shared, options)
     keys, values = (jax.tree.leaves(x)[0] for x in blocks.arrays)
     num_kv_heads, num_cells = keys.shape[-3:-1]
