@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.cpu import tiles
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.code import LANES, Code, Value
 from kernels.cpu.functions import exp
@@ -204,12 +205,16 @@ class _Part(NamedTuple):
         clear(code, self.dq.address, s.rows * _panels(s.H))
         first, stop = self.queries.span(begin, end, start)
         with code.loop(first // COLUMNS * COLUMNS, stop, COLUMNS) as cell:
-            self._cells(begin, start, count, cell, code.smaller(stop - cell, COLUMNS))
+            some = code.smaller(stop - cell, COLUMNS)
+            one, after = self.queries.readers(begin, end, start, cell, cell + some)
+            with code.when(one < after):
+                here = (one - begin) * s.group, (after - one) * s.group
+                self._cells(one, start, *here, cell, some)
         self.dq.copy(code, count, at(dq, s.H), back=True)
 
-    def _cells(self, begin, start, count, cell, some):
-        """What some cells from `cell` on add."""
-        code = self.code
+    def _cells(self, begin, start, row, count, cell, some):
+        """What some cells from `cell` on add, by so many rows of queries from `row` on."""
+        code, skipped = self.code, row * ROW
         panel, scores, slopes = self.room
         by_row, by_cell = (ROW, 4), (4, ROW)
         for x, held, result in ((self.q, self.keys, scores), (self.dz, self.values, slopes)):
@@ -218,26 +223,26 @@ class _Part(NamedTuple):
                 terms = code.smaller(x.columns - h, COLUMNS)
                 at = held.address + cell * held.step + h * TYPES[held.dtype]
                 copy_columns(code, at, held.step, held.dtype, terms, some, panel)
-                multiply(code, x.panel(h), by_row, count, panel, terms, result)
+                multiply(code, x.panel(h) + skipped, by_row, count, panel, terms, result)
         with code.loop(0, count) as n:
             self._weigh(begin, n, start, cell, scores + n * ROW, slopes + n * ROW)
         for x, y, sums in ((scores, self.dz, self.dvalues), (slopes, self.q, self.dkeys)):
             with code.loop(0, y.columns, COLUMNS) as h:
                 to = sums.panel(h) + cell * ROW
-                multiply(code, x, by_cell, some, y.panel(h), count, to)
+                multiply(code, x, by_cell, some, y.panel(h) + skipped, count, to)
         with code.loop(0, self.keys.columns, COLUMNS) as h:
             at = self.keys.address + cell * self.keys.step + h * TYPES[self.keys.dtype]
             left = self.keys.columns - h
             copy_rows(code, at, self.keys.step, self.keys.dtype, some, left, panel)
-            multiply(code, slopes, by_row, count, panel, some, self.dq.panel(h))
+            multiply(code, slopes, by_row, count, panel, some, self.dq.panel(h) + skipped)
 
     def _weigh(self, begin, n, start, cell, scores, slopes):
         """Makes scores of a query head weights, and the gradients of weights those of scores."""
         code, s = self.code, self.sizes
         first, last = self.queries.seen(begin + n // s.group, start)
-        place, zeros = self.queries.place(begin, n) * 4, code.splat(code.number(0.0))
+        place = self.queries.place(begin, n) * 4
         lse, delta = (code.float(x + place) for x in self.of_queries)
-        lse, delta = code.splat(lse), code.variable(delta)
+        delta = code.variable(delta)
         with code.when(self.bends.has_cap()):
             self.bends.cap_gradients(scores, slopes, COLUMNS, delta.get())
             delta.set(code.number(0.0))
@@ -245,12 +250,13 @@ class _Part(NamedTuple):
             head = self.queries.head + n % s.group
             distance = self.queries.position(begin + n // s.group) - cell
             self.bends.lean(scores, 0, COLUMNS, head, distance)
-        delta = code.splat(delta.get())
-        low, high = (code.splat(code.narrow(x - cell)) for x in (first, last))
-        for c in range(0, COLUMNS, LANES):
-            places = code.counted(code.constant(c))
+        splat, vector = (partial(f, lanes=tiles.LANES) for f in (code.splat, code.vector))
+        lse, delta, zeros = map(splat, (lse, delta.get(), code.number(0.0)))
+        low, high = (splat(code.narrow(x - cell)) for x in (first, last))
+        for c in range(0, COLUMNS, tiles.LANES):
+            places = code.counted(code.constant(c), tiles.LANES)
             seen = (places >= low) & (places < high)
-            weight = exp(code, code.vector(scores + 4 * c) - lse)
-            slope = weight * (code.vector(slopes + 4 * c) - delta)
+            weight = exp(code, vector(scores + 4 * c) - lse)
+            slope = weight * (vector(slopes + 4 * c) - delta)
             code.put(code.select(seen, weight, zeros), scores + 4 * c)
             code.put(code.select(seen, slope, zeros), slopes + 4 * c)

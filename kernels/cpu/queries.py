@@ -68,6 +68,19 @@ class Queries(NamedTuple):
                 stop.set(code.larger(high, stop.get()))
         return code.smaller(first.get(), stop.get()), stop.get()
 
+    def readers(self, begin, end, start, cell, stop):
+        """Queries first <= t < after that hold all of begin <= t < end that see some of the cells
+        cell <= p < stop.
+        """
+        code = self.code
+        first, after = code.variable(end), code.variable(begin)
+        with code.loop(begin, end) as t:
+            low, high = self.seen(t, start)
+            with code.when(code.larger(low, cell) < code.smaller(high, stop)):
+                first.set(code.smaller(first.get(), t))
+                after.set(t + 1)
+        return first.get(), after.get()
+
     @contextlib.contextmanager
     def documents(self, begin, end):
         """For each document of queries begin <= t < end: its queries, and its first position."""
