@@ -18,7 +18,16 @@ from kernels.cpu.code import LANES, Code, Value
 from kernels.cpu.functions import exp
 from kernels.cpu.queries import Queries, position_operands
 from kernels.cpu.scores import Bends, optional
-from kernels.cpu.tiles import COLUMNS, ROW, TYPES, clear, copy_columns, copy_rows, multiply
+from kernels.cpu.tiles import (
+    COLUMNS,
+    ROW,
+    TYPES,
+    clear,
+    copy_columns,
+    copy_rows,
+    multiply,
+    panel_count,
+)
 from kernels.operands import Where
 from kernels.options import Options
 
@@ -89,29 +98,24 @@ def _sizes(frame):
     return _Sizes(*sizes, frame.attribute(0), frame.attribute(1))
 
 
-def _panels(H):
-    """Panels that hold H columns."""
-    return (H + (COLUMNS - 1)) // COLUMNS
-
-
 def _room(frame):
     s = _sizes(frame)
-    held = s.rows * (_panels(s.H) * 2 + _panels(s.Hv) + 2) + COLUMNS
-    return (held + (s.S + COLUMNS) * (_panels(s.H) + _panels(s.Hv))) * ROW
+    held = s.rows * (panel_count(s.H) * 2 + panel_count(s.Hv) + 2) + COLUMNS
+    return (held + (s.S + COLUMNS) * (panel_count(s.H) + panel_count(s.Hv))) * ROW
 
 
 def _part(frame: Frame, part, key_type, value_type):
     code, s = frame.code, _sizes(frame)
     q, keys, values, dz, lse, delta, positions, starts, *bends = map(frame.operand, range(10))
     row, head = part // s.K, part % s.K
-    block, cells = part * s.S, (s.S + (COLUMNS - 1)) // COLUMNS * COLUMNS
+    block, cells = part * s.S, panel_count(s.S) * COLUMNS
     of_head = (row * s.T, s.N, s.group, head * s.group, positions, starts)
     panel = frame.room
     scores, slopes = panel + COLUMNS * ROW, panel + (s.rows + COLUMNS) * ROW
     held = slopes + s.rows * ROW
-    upstream = held + s.rows * _panels(s.H) * ROW
-    dq = upstream + s.rows * _panels(s.Hv) * ROW
-    dkeys = dq + s.rows * _panels(s.H) * ROW
+    upstream = held + s.rows * panel_count(s.H) * ROW
+    dq = upstream + s.rows * panel_count(s.Hv) * ROW
+    dkeys = dq + s.rows * panel_count(s.H) * ROW
     part = _Part(
         code,
         s,
@@ -125,10 +129,10 @@ def _part(frame: Frame, part, key_type, value_type):
         _Sums(upstream, s.rows, s.Hv),
         _Sums(dq, s.rows, s.H),
         _Sums(dkeys, cells, s.H),
-        _Sums(dkeys + cells * _panels(s.H) * ROW, cells, s.Hv),
+        _Sums(dkeys + cells * panel_count(s.H) * ROW, cells, s.Hv),
     )
     for sums in (part.dkeys, part.dvalues):
-        clear(code, sums.address, cells * _panels(sums.columns))
+        clear(code, sums.address, cells * panel_count(sums.columns))
     with code.loop(0, s.T, s.queries) as begin:
         end = code.smaller(begin + s.queries, s.T)
         with part.queries.documents(begin, end) as document:
@@ -200,9 +204,9 @@ class _Part(NamedTuple):
         count = (end - begin) * s.group
         at = lambda base, width: lambda n: base + self.queries.place(begin, n) * width * 4
         for sums, base in ((self.q, q), (self.dz, dz)):
-            clear(code, sums.address, s.rows * _panels(sums.columns))
+            clear(code, sums.address, s.rows * panel_count(sums.columns))
             sums.copy(code, count, at(base, sums.columns))
-        clear(code, self.dq.address, s.rows * _panels(s.H))
+        clear(code, self.dq.address, s.rows * panel_count(s.H))
         first, stop = self.queries.span(begin, end, start)
         with code.loop(first // COLUMNS * COLUMNS, stop, COLUMNS) as cell:
             some = code.smaller(stop - cell, COLUMNS)

@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.matmul import Matrix, columns_of, room_for
-from kernels.cpu.tiles import COLUMNS, TYPES
+from kernels.cpu.tiles import COLUMNS, TYPES, panel_count
 
 _ROWS = 512  # at a time
 
@@ -52,13 +52,9 @@ def outer(x, y, sizes, block: int):
 def _kernel(dtype, layout):
     run = functools.partial(_part, dtype=dtype, layout=layout)
     groups = lambda frame: frame.operand(2).size(0) + 1  # the last one is of what is left over
-    parts = lambda frame: groups(frame) * _panels(frame.result(0).size(1))
+    parts = lambda frame: groups(frame) * panel_count(frame.result(0).size(1))
     room = lambda frame: room_for(frame.code.smaller(frame.result(0).size(0), _ROWS))
     return Kernel(f"unison_grouped_{dtype}_{layout}", parts, run, room)
-
-
-def _panels(N):
-    return (N + (COLUMNS - 1)) // COLUMNS
 
 
 def _rows_of(frame, group):
@@ -78,7 +74,7 @@ def _part(frame: Frame, part, dtype, layout):
     code = frame.code
     x, w, y = frame.operand(0), frame.operand(1), frame.result(0)
     K, N = x.size(1), y.size(1)
-    group, column = part // _panels(N), part % _panels(N) * COLUMNS
+    group, column = part // panel_count(N), part % panel_count(N) * COLUMNS
     begin, end = _rows_of(frame, group)
     is_left = group.equals(w.size(0))
     with code.when(is_left):
@@ -106,7 +102,7 @@ def _outer_part(frame: Frame, part):
     code = frame.code
     x, y, z = frame.operand(0), frame.operand(1), frame.result(0)
     K, N = z.size(1), z.size(2)
-    group, column = part // _panels(N), part % _panels(N) * COLUMNS
+    group, column = part // panel_count(N), part % panel_count(N) * COLUMNS
     begin, end = _rows_of(frame, group)
     matrix = Matrix(y.address + begin * N * 4, end - begin, N, "float32", "rows")
     z = z.address + group * K * N * 4
@@ -127,7 +123,7 @@ def _outer_part(frame: Frame, part):
 
 _OUTER = Kernel(
     "unison_grouped_outer",
-    lambda frame: frame.result(0).size(0) * _panels(frame.result(0).size(2)),
+    lambda frame: frame.result(0).size(0) * panel_count(frame.result(0).size(2)),
     _outer_part,
     lambda frame: room_for(frame.code.smaller(frame.result(0).size(1), _ROWS)),
 )

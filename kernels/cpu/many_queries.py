@@ -30,6 +30,7 @@ from kernels.cpu.tiles import (
     copy_columns,
     copy_rows,
     multiply,
+    panel_count,
 )
 from kernels.dot import has_kernel
 from kernels.exact import attention as exact
@@ -115,7 +116,7 @@ class _Sizes(NamedTuple):
     @property
     def sum_step(self):
         """Bytes of a row of what is read."""
-        return (self.Hv + (COLUMNS - 1)) // COLUMNS * ROW
+        return panel_count(self.Hv) * ROW
 
 
 def _sizes(frame: Frame):

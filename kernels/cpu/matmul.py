@@ -25,6 +25,7 @@ from kernels.cpu.tiles import (
     copy_columns,
     copy_rows,
     multiply,
+    panel_count,
 )
 
 _ROWS, _FEWEST_ROWS = 512, 96  # of a part, at most, and at least where there would be too few parts
@@ -55,8 +56,7 @@ def matmul(x, w, block: int, layout="rows", turned=False):
 def _kernel(dtype, layout, turned):
     def parts(frame):
         y, rows = frame.result(0), frame.attribute(1)
-        up = lambda a, b: (a + (b - 1)) // b
-        return up(y.size(0), rows) * up(y.size(1), COLUMNS)
+        return (y.size(0) + (rows - 1)) // rows * panel_count(y.size(1))
 
     room = lambda frame: room_for(frame.attribute(1))
     run = functools.partial(_part, dtype=dtype, layout=layout, turned=turned)
@@ -69,7 +69,7 @@ def _part(frame: Frame, part, dtype, layout, turned):
     x, w, y = frame.operand(0), frame.operand(1), frame.result(0)
     block, rows = frame.attribute(0), frame.attribute(1)
     M, N, K = y.size(0), y.size(1), x.size(0 if turned else 1)
-    panels = (N + (COLUMNS - 1)) // COLUMNS
+    panels = panel_count(N)
     column, row = part % panels * COLUMNS, part // panels * rows
     steps = row_step, _ = (4, M * 4) if turned else (K * 4, 4)
     columns_of(

@@ -18,6 +18,11 @@ TERMS = 128 if LANES > words.LANES else 64  # of a panel
 _TILES = ((6, 4), (2, 4), (1, 4)) if LANES > words.LANES else ((6, 2), (2, 2), (1, 2))
 
 
+def panel_count(columns):
+    """How many panels hold so many columns."""
+    return (columns + (COLUMNS - 1)) // COLUMNS
+
+
 def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW, far=False):
     """Continues the chains of so many rows with 64 columns by the terms of a panel.
 
