@@ -194,4 +194,5 @@ def _add_peer(rows, python, suite):
 
 
 if __name__ == "__main__":
-    cli.start(main, keep_compiled=False)  # it says how long compiling takes
+    # It says how long compiling takes, so nothing that was compiled before is taken.
+    cli.start(main, keep_compiled=False, one_heap=True)

@@ -58,4 +58,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, one_heap=True)

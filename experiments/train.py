@@ -196,4 +196,4 @@ def sample(run: TrainingRun, params, step: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, one_heap=True)

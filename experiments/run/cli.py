@@ -18,12 +18,15 @@ from experiments.run.process import keep_memory
 _PACKAGES = ("transformer", "kernels", "experiments")
 
 
-def start(main: Callable[[list[str]], None], *, keep_compiled: bool = True) -> None:
+def start(
+    main: Callable[[list[str]], None], *, keep_compiled: bool = True, one_heap: bool = False
+) -> None:
     """Runs a program of absl flags; flags that cannot be parsed end it with status 2.
 
     Args:
       main: the program.
       keep_compiled: whether what JAX compiles is kept for the next run.
+      one_heap: as in `keep_memory`, for programs that run long.
     """
 
     for stream in (sys.stdout, sys.stderr):
@@ -50,7 +53,7 @@ def start(main: Callable[[list[str]], None], *, keep_compiled: bool = True) -> N
         for name in _PACKAGES:
             logging.getLogger(name).addHandler(_notices)
             logging.getLogger(name).propagate = False
-        keep_memory()
+        keep_memory(one_heap)
         if keep_compiled:
             _keep_compiled()
         main(argv)

@@ -11,19 +11,25 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
-def keep_memory() -> None:
+def keep_memory(one_heap: bool) -> None:
     """Has the C library keep memory that is freed, instead of giving it back to the system.
 
     XLA on a CPU allocates anew for each call. Pages that are new cost more than what is computed in
     them: twice an array of 51 MB takes 17 ms in new memory, and 2.4 ms in memory used before.
+
+    Args:
+      one_heap: whether all threads share a heap, in pages of 2 MB. In heaps of other threads blocks
+        above 64 MB are new each time, and small pages are read more slowly; but large ones take
+        longer to get where a virtual machine has to ask its host for them.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):  # not glibc
         return
     library.mallopt(_M_MMAP_MAX, 0)
     library.mallopt(_M_TRIM_THRESHOLD, -1)
-    library.mallopt(_M_ARENA_MAX, 1)  # in those of other threads large blocks are always new
-    _make_pages_large(library)
+    if one_heap:
+        library.mallopt(_M_ARENA_MAX, 1)
+        _make_pages_large(library)
 
 
 def _make_pages_large(library):
