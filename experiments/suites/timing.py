@@ -114,24 +114,20 @@ def measure_limits(dtype, repeats: int) -> Limits:
     def seconds(call):
         return statistics.median(timed(call, repeats))
 
-    def multiply(a, b):
-        program, _ = compiled(jnp.matmul, a, b)
+    def product(function, a, b):
+        program, _ = compiled(function, a, b)
         return seconds(lambda: program(a, b))
 
-    def multiply_packed(w, x):
-        program, _ = compiled(lambda w, x: FAST.dot(x, w), w, x)
-        return seconds(lambda: program(w, x))
-
-    times = [multiply(tall, vector)]
+    times = [product(jnp.matmul, tall, vector)]
     if on_cpu:
-        times.append(multiply_packed(lay_out(tall.T, exact=False), vector))
+        times.append(product(FAST.dot, vector, lay_out(tall.T, exact=False)))
     read = tall.nbytes / min(times)
     del tall
     side = 2048 if on_cpu else 8192
     rates = []
     for m, k, n in ((side, side, side), (side, side // 4, side), (side // 2, side // 2, 2 * side)):
         a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-        times = [multiply(a, b)]
+        times = [product(jnp.matmul, a, b)]
         if on_cpu and np.dtype(dtype) in (np.float32, np.float64):  # NumPy has no fast narrow ones
             x, y = np.asarray(a), np.asarray(b)
             times.append(seconds(lambda x=x, y=y: x @ y))

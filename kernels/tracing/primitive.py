@@ -86,8 +86,8 @@ def jvp_of_moving(fun: Callable, primals, moving, tangents, **params):
     return jax.jvp(of_moving, [primals[n] for n in moving], tangents)
 
 
-def in_turn(primitive: core.Primitive, axis, operands, dims, **params):
-    """A batching rule: what is mapped runs one after the other."""
+def in_turn(primitive: core.Primitive, operands, dims, **params):
+    """What a batching rule returns where what is mapped runs one after the other."""
     mapped = [n for n, dim in enumerate(dims) if dim is not None]
     if not mapped:
         results = primitive.bind(*operands, **params)

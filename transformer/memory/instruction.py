@@ -278,7 +278,8 @@ def _over_sequences(which, size, flat, dims, *, tree, rows, batched, **params):
     """The mapped axis joins the axis of sequences, or becomes it."""
     given, at = (jax.tree.unflatten(tree, x) for x in (flat, [_Dim(dim) for dim in dims]))
     if any(dim.axis is not None for dim in jax.tree.leaves((at.shared, at.layer))):
-        return _over_models(which, flat, dims, tree=tree, rows=rows, batched=batched, **params)
+        # What all sequences share, as for an ensemble of models.
+        return primitive.in_turn(which, flat, dims, tree=tree, rows=rows, batched=batched, **params)
 
     def fold_token(x, dim):
         x = jnp.broadcast_to(x, (size, *x.shape)) if dim.axis is None else _front(x, dim)
@@ -309,20 +310,6 @@ def _over_sequences(which, size, flat, dims, *, tree, rows, batched, **params):
     unfold = lambda x: x.reshape(size, rows, *x.shape[1:])
     blocks = map(unfold, results[:count]) if batched else results[:count]
     return [*blocks, *map(unfold, results[count:])], [0] * len(results)
-
-
-def _over_models(which, flat, dims, **params):
-    """What all sequences share is mapped, as for an ensemble of models: one after the other."""
-    mapped = [n for n, dim in enumerate(dims) if dim is not None]
-
-    def one(arrays):
-        operands = list(flat)
-        for n, x in zip(mapped, arrays, strict=True):
-            operands[n] = x
-        return which.bind(*operands, **params)
-
-    results = jax.lax.map(one, [jnp.moveaxis(flat[n], dims[n], 0) for n in mapped])
-    return results, [0] * len(results)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from kernels.cpu.tiles import TYPES
 from kernels.dot import dot
 from kernels.exact.order import order
 from kernels.exact.products import product_by_output
-from kernels.exact.sums import rounded
 from transformer.numerics.matrix import Matrix, is_matrix, row
 from transformer.numerics.products import define, exact_run
 from transformer.numerics.quantised import is_quantised
@@ -132,18 +131,19 @@ def dots(x: jax.Array, ws: list[Packed], exact: bool) -> list[jax.Array]:
 
 def _run_packed(x, *arrays, count, block, exact):
     """x [M, K], ws [P, K, 64], scales [P, K / block, 64] if they are int8 -> [[M, 64 P], ...]."""
-    ws, scales = arrays[:count], arrays[count:]
-    is_narrow = exact and x.dtype.itemsize < 4
-    x = rounded(x) if is_narrow else x
-    wide = x.astype(jnp.float32)
-    if len(x) <= _FEW_ROWS:
-        ys = few_rows.products(wide, ws, block, scales)
-    elif not scales:
-        ys = [matmul(wide, w, block, "panels") for w in ws]
-    else:
-        ys = [dot(x, _matrix(*w).astype(x.dtype)) for w in zip(ws, scales, strict=True)]
-    ys = [y.astype(x.dtype) for y in ys]
-    return [rounded(y) for y in ys] if is_narrow else ys
+
+    def run(x, *arrays):
+        ws, scales = arrays[:count], arrays[count:]
+        wide = x.astype(jnp.float32)
+        if len(x) <= _FEW_ROWS:
+            return few_rows.products(wide, ws, block, scales)
+        if not scales:
+            return [matmul(wide, w, block, "panels") for w in ws]
+        return [dot(x, _matrix(*w).astype(x.dtype)) for w in zip(ws, scales, strict=True)]
+
+    if exact:
+        return exact_run(run, x, *arrays)
+    return [y.astype(x.dtype) for y in run(x, *arrays)]
 
 
 def _matrix(panels, scales=None):
@@ -156,7 +156,7 @@ def _matrix(panels, scales=None):
 
 def _run_by_output(x, w):
     """x [M, K], w [N, K] -> [[M, N]]."""
-    return exact_run(product_by_output, x, w)
+    return exact_run(lambda x, w: [product_by_output(x, w)], x, w)
 
 
 def _jvp_by_output(fun, primals, moving, tangents):

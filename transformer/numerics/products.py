@@ -25,7 +25,7 @@ def define(name: str, run: Callable, jvp: Callable | None = None) -> core.Primit
 
     def batch(axis, operands, dims, **static):
         if dims[0] is None or any(dim is not None for dim in dims[1:]):
-            return primitive.in_turn(made, axis, operands, dims, **static)
+            return primitive.in_turn(made, operands, dims, **static)
         x, *w = operands
         x = jnp.moveaxis(x, dims[0], 0)
         ys = made.bind(x.reshape(-1, x.shape[-1]), *w, **static)
@@ -51,16 +51,16 @@ def exact_dot(x, w):
     return exact_dot_p.bind(x[None], w)[0][0]
 
 
-def exact_run(product, x, *w):
-    """`product(x, *w)` of x [M, K], rounded to the type of x."""
+def exact_run(products, x, *w):
+    """`products(x, *w)` of x [M, K], a list, each rounded to the type of x."""
     if x.dtype.itemsize >= 4:
-        return [product(x, *w)]
-    return [rounded(product(rounded(x), *w).astype(x.dtype))]
+        return products(x, *w)
+    return [rounded(y.astype(x.dtype)) for y in products(rounded(x), *w)]
 
 
 def _run(x, w):
     """x [M, K], w [K, N] -> [[M, N]]."""
-    return exact_run(product, x, w)
+    return exact_run(lambda x, w: [product(x, w)], x, w)
 
 
 def _jvp(fun, primals, moving, tangents):
@@ -79,7 +79,7 @@ exact_dot_p = define("exact_dot", _run, _jvp)
 @jax.custom_jvp
 def exact_ragged_dot(x, w, sizes):
     """`ragged_dot`, a row as if it were the only one; derivatives are the plain ones."""
-    return exact_run(lambda x, w: grouped(x, w, sizes), x, w)[0]
+    return exact_run(lambda x, w: [grouped(x, w, sizes)], x, w)[0]
 
 
 @exact_ragged_dot.defjvp
