@@ -43,7 +43,7 @@ def main(argv):
         model = load(
             _MODEL.value,
             dtype=_DTYPE.value,
-            weights=_WEIGHTS.value,
+            weights=_WEIGHTS.value or "panels",
             cache=_CACHE.value,
             prepare=partial(compile_replies, **options),
         )

@@ -8,16 +8,14 @@ import jax.numpy as jnp
 
 from kernels.tracing.target import platform
 from transformer.config import Config
-from transformer.numerics.layouts import lay_out, lay_out_table
 from transformer.numerics.matrix import is_matrix
 from transformer.program.experts import Experts
-from transformer.program.latent import LatentAttention
 from transformer.program.linear import Linear
+from transformer.program.packing import pack
 from transformer.program.params import Params
 from transformer.program.program import Program
 
-# What is not multiplied by with `Numerics.dot`, but as a whole or by groups of rows.
-_AS_THEY_ARE = {LatentAttention: ("key", "value"), Experts: ("up", "gate", "down")}
+_pack = jax.jit(pack, static_argnames="exact")
 
 
 def cast_params(config: Config, params: Params) -> Params:
@@ -35,7 +33,10 @@ def lay_out_params(f: Callable, params: Params) -> Params:
     split = any(len(x.devices()) > 1 for x in filter(is_placed, jax.tree.leaves(params)))
     if split or platform() != "cpu" or not isinstance(f, Program):
         return params
-    return _lay_out(params, f.numerics.exact)
+    lie = jax.eval_shape(partial(pack, exact=f.numerics.exact), params)
+    if jax.tree.structure(lie) == jax.tree.structure(params):
+        return params
+    return _pack(params, f.numerics.exact)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -45,24 +46,3 @@ def _cast(config, params: Params) -> Params:
     takes = lambda x: isinstance(x, (Linear, Experts))
     params = jax.tree.map(lambda x: cast(x) if takes(x) else x, params, is_leaf=takes)
     return params.replace(embedding=cast(params.embedding))
-
-
-@partial(jax.jit, static_argnames="exact")
-def _lay_out(params: Params, exact) -> Params:
-    takes = lambda x: isinstance(x, (Linear, *_AS_THEY_ARE))
-
-    def one(part):
-        if isinstance(part, Linear):
-            return part.replace(weight=lay_out(part.weight, exact))
-        if not takes(part):
-            return part
-        kept = {name: getattr(part, name) for name in _AS_THEY_ARE[type(part)]}
-        others = part.replace(**dict.fromkeys(kept))
-        inner = lambda x: x is not others and takes(x)
-        return jax.tree.map(one, others, is_leaf=inner).replace(**kept)
-
-    table = params.embedding
-    if params.output is None:
-        table = lay_out_table(table, exact)
-    rest = jax.tree.map(one, params.replace(embedding=None), is_leaf=takes)
-    return rest.replace(embedding=table)

@@ -3,6 +3,8 @@
 What is laid out anew is a copy; so it is done once, before a loop of many steps.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,8 +16,9 @@ from kernels.cpu.tiles import TYPES
 from kernels.dot import dot
 from kernels.exact.order import order
 from kernels.exact.products import product_by_output
+from kernels.exact.sums import rounded
 from transformer.numerics.matrix import Matrix, is_matrix, row
-from transformer.numerics.products import define, exact_run
+from transformer.numerics.products import define, exact_dot, exact_run
 from transformer.numerics.quantised import is_quantised
 
 _BLOCK = 512  # terms that fast products sum in one chain
@@ -28,15 +31,13 @@ class Packed(Matrix):
 
     Attributes:
       panels: those of `kernels.cpu.product`.
+      scales: of panels of int8, [..., panels, in / group, 64]; None for floats.
       columns: out.
-      block: of how many terms a chain of a sum is.
-      scales: of panels of int8, [..., panels, in / block, 64]; None for floats.
     """
 
     panels: jax.Array
     scales: jax.Array | None
     columns: int = struct.field(pytree_node=False)
-    block: int = struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,9 +50,18 @@ class Packed(Matrix):
         """The type of its numbers."""
         return (self.panels if self.scales is None else self.scales).dtype
 
+    def block(self, exact: bool) -> int:
+        """Of how many terms a chain of a sum is; 0 where exact products know no such number."""
+        size = self.shape[-2]
+        if self.scales is not None:
+            return 0 if exact else size // self.scales.shape[-2]
+        return order(size, _wide(self.columns), jnp.float32).block if exact else min(size, _BLOCK)
+
     def dot(self, x: jax.Array, exact: bool) -> jax.Array:
         """x [in] times the matrix -> [out]."""
-        return dots(x, [self], exact)[0]
+        if can_share([self], exact):
+            return dots(x, [self], exact)[0]
+        return exact_dot(x, rounded(self.dense().astype(x.dtype)))
 
     def dense(self) -> jax.Array:
         """The matrix as an array."""
@@ -89,25 +99,36 @@ class Table(Matrix):
         return self.rows
 
 
-def lay_out(w: jax.Array | Matrix, exact: bool) -> jax.Array | Matrix:
-    """A matrix w [..., in, out] as it lies best for few rows, which may be as it is."""
+def lay_out(w: jax.Array | Matrix, exact: bool, panels: Callable = few_rows.panels):
+    """A matrix w [..., in, out] as it lies best for few rows, which may be as it is.
+
+    Args:
+      w: the matrix.
+      exact: whether it is for exact products.
+      panels: what makes panels of an array, as `kernels.cpu.product.panels`.
+    """
     if not call.is_available():
         return w
-    K, N = w.shape[-2:]
-    if is_quantised(w) and not exact:
-        values, scales = map(few_rows.panels, (w.values, w.scales))
-        return Packed(values, scales, N, K // w.scales.shape[-2])
+    if is_quantised(w):
+        return w if exact else Packed(panels(w.values), panels(w.scales), w.shape[-1])
     if is_matrix(w) or w.dtype.name not in TYPES:
         return w
-    wide = N + -N % few_rows.COLUMNS
-    block = order(K, wide, jnp.float32).block if exact else min(K, _BLOCK)
-    return Packed(few_rows.panels(w), None, N, block) if block else w
+    *_, K, N = w.shape
+    if exact and not order(K, _wide(N), jnp.float32).block:
+        return w
+    return Packed(panels(w), None, N)
 
 
-def lay_out_table(table: jax.Array | Matrix, exact: bool) -> jax.Array | Matrix:
+def lay_out_table(table: jax.Array | Matrix, exact: bool, panels: Callable = few_rows.panels):
     """A table [V, E], of which one looks rows up, and multiplies by its transpose."""
-    transpose = lay_out(table.T, exact)
+    if isinstance(table, Table):
+        return table
+    transpose = lay_out(table.T, exact, panels)
     return Table(table, transpose) if isinstance(transpose, Packed) else table
+
+
+def _wide(columns):
+    return columns + -columns % few_rows.COLUMNS
 
 
 def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -115,16 +136,18 @@ def dot_by_output(x: jax.Array, w: jax.Array) -> jax.Array:
     return dot_by_output_p.bind(x[None], w)[0][0]
 
 
-def can_share(ws: list[jax.Array | Matrix]) -> bool:
+def can_share(ws: list[jax.Array | Matrix], exact: bool) -> bool:
     """Whether `dots` takes these matrices: all of them packed, and in one way."""
-    how = lambda w: (w.block, w.panels.dtype, w.scales is None)
-    return all(isinstance(w, Packed) for w in ws) and len(set(map(how, ws))) == 1
+    if not all(isinstance(w, Packed) for w in ws):
+        return False
+    ways = {(w.block(exact), w.panels.dtype, w.scales is None) for w in ws}
+    return len(ways) == 1 and all(block for block, *_ in ways)
 
 
 def dots(x: jax.Array, ws: list[Packed], exact: bool) -> list[jax.Array]:
     """x [in] times matrices [in, out] -> [[out], ...], each as if it were the only one."""
     arrays = [w.panels for w in ws] + [w.scales for w in ws if w.scales is not None]
-    static = {"count": len(ws), "block": ws[0].block, "exact": exact}
+    static = {"count": len(ws), "block": ws[0].block(exact), "exact": exact}
     ys = dot_packed_p.bind(x[None], *arrays, **static)
     return [y[0, : w.columns] for y, w in zip(ys, ws, strict=True)]
 

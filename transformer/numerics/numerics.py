@@ -53,7 +53,7 @@ class Numerics:
 
     def dots(self, x, ws):
         """x [K] times each matrix of a list -> [[N], ...], in one go where that is faster."""
-        if layouts.can_share(ws):
+        if layouts.can_share(ws, self.exact):
             return layouts.dots(x, ws, self.exact)
         return [self.dot(x, w) for w in ws]
 

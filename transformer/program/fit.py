@@ -43,9 +43,15 @@ def check_params(config: Config, params: Params) -> None:
 
 
 @functools.lru_cache(maxsize=64)
+def abstract_params(config: Config) -> Params:
+    """A config's parameters, with a `jax.ShapeDtypeStruct` for each array."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=64)
 def param_shapes(config: Config) -> dict:
-    """The arrays of a config's parameters by their paths, as `jax.ShapeDtypeStruct`s."""
-    return _shapes(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    """The arrays of `abstract_params` by their paths."""
+    return _shapes(abstract_params(config))
 
 
 def _shapes(params):

@@ -5,18 +5,20 @@ import os
 import secrets
 import shutil
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.config import Config
 from transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from transformer.data.tokenizer import Tokenizer
 from transformer.files import write_json
+from transformer.inference.prepare import cast_params
+from transformer.numerics.matrix import dense, is_matrix
 from transformer.numerics.quantised import is_quantised
-from transformer.program.init import init_params
+from transformer.program.fit import abstract_params
 from transformer.program.params import Params
 from transformer.storage.arrays import flat
 from transformer.storage.checkpoint import CheckpointError, Checkpoints, LayoutError
@@ -64,6 +66,7 @@ def save(model: Model, path: str | os.PathLike, *, format: str = "unison") -> No
         raise ValueError(f"format={format!r} does not exist; choose one of {', '.join(FORMATS)}.")
     if any(map(is_quantised, jax.tree.leaves(model.params, is_leaf=is_quantised))):
         raise ValueError("parameters in int8 are not saved; save the model loaded without weights.")
+    model = replace(model, params=jax.tree.map(dense, model.params, is_leaf=is_matrix))
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there already; remove it, or save to another path.")
@@ -110,14 +113,16 @@ def load(
         float16 becomes float32.
       weights: "int8" keeps matrices as int8 numbers with a scale for every 64 of them, for
         generating and scoring: a quarter of the size of float32. Experts, norms and biases are left
-        as they are. None: as `dtype` says.
+        as they are. "panels" lays matrices out as a CPU multiplies few rows by them fastest, for
+        generating and scoring: what `generate` does otherwise at each call, in memory of its own.
+        Elsewhere than on a CPU that is no other way than before. None: as `dtype` says.
       cache: "int8" keeps keys and values as int8 numbers with a scale for each head of a cell, for
         generating and scoring: about a quarter of the size of float32, and rounded. None: in the
         type of the activations.
       sharding: sharding(name) is where the parameter of a name, as "layers.0.mixer.query.weight",
         is placed; None: on the first device.
       prepare: prepare(config, params) is called in a thread of its own while the parameters of a
-        published model are read, unless `weights` is given; params are their shapes.
+        published model are read, unless `weights` is "int8"; params are their shapes.
 
     Of the checkpoints of a run it reads the one with the lowest validation loss, or the newest
     where none has been validated. Where that one is damaged, a warning says so, and it reads the
@@ -151,10 +156,10 @@ def load(
         model = _cast(model, dtype)
     if weights is None:
         return model
-    place = keeping.placing(model.params)
-    kept = [place(name, x) for name, x in flat(model.params).items()]
-    params = jax.tree.unflatten(jax.tree.structure(model.params), kept)
-    return replace(model, params=params)
+    params = model.params if weights == "int8" else cast_params(model.config, model.params)
+    forms, leaves = keeping.forms(params, keeping.shapes(params)), flat(params)
+    kept = [keeping.place(name, forms[name](np.asarray(x))) for name, x in leaves.items()]
+    return replace(model, params=jax.tree.unflatten(jax.tree.structure(params), kept))
 
 
 def _cast(model, dtype):
@@ -167,26 +172,33 @@ def _cast(model, dtype):
 def _load_own(path, sharding):
     config = read_config(path)
     tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    placed = sharding or (lambda _: None)
-    target = jax.tree.unflatten(
-        jax.tree.structure(params),
-        [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(name))
-            for name, x in flat(params).items()
-        ],
-    )
-    averaged_first = lambda names: {"ema" if "ema" in names else "params": target}
     checkpoints = Checkpoints(path, read_only=True)
-    try:
-        items = checkpoints.restore(averaged_first, checkpoints.best_first).items
-    except LayoutError as error:
-        raise CheckpointError(
-            f"the parameters in {path} are not laid out as its {CONFIG_FILE} says: another version "
-            "of Unison wrote them, or the file was changed. Load them with that version, or make "
-            "them anew."
-        ) from error
-    return Model(config, *items.values(), tokenizer)
+    for dtype in DTYPES:  # as a run keeps matrices, and as `load` may have given them to `save`
+        target = _target(config, dtype, sharding or (lambda _: None))
+        averaged_first = lambda names, target=target: {
+            "ema" if "ema" in names else "params": target
+        }
+        try:
+            items = checkpoints.restore(averaged_first, checkpoints.best_first).items
+        except LayoutError as error:
+            differs = error
+        else:
+            return Model(config, *items.values(), tokenizer)
+    raise CheckpointError(
+        f"the parameters in {path} are not laid out as its {CONFIG_FILE} says: another version of "
+        "Unison wrote them, or the file was changed. Load them with that version, or make them "
+        "anew."
+    ) from differs
+
+
+def _target(config, dtype, placed):
+    """What is read of parameters whose matrices are kept in a type."""
+    params = abstract_params(config)
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=placed(name))
+        for name, x in flat(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), shapes)
 
 
 def write_description(

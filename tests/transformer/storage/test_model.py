@@ -114,3 +114,15 @@ def test_another_architecture_is_refused_by_the_names_of_its_fields(tmp_path):
     for part in ("num_layers is 2 there and 4 here", "norm is rms", "window is (8, None)"):
         assert part in str(error.value)
     assert "width" not in str(error.value)
+
+
+def test_matrices_in_bfloat16_are_saved_and_loaded_as_they_are(tmp_path):
+    config = Config(vocab_size=257, max_length=16, num_layers=1, width=16, num_heads=2)
+    save(Model(config, init_params(config, jax.random.key(0)), None), tmp_path / "wide")
+    narrow = load(tmp_path / "wide", dtype="bfloat16")
+    save(narrow, tmp_path / "narrow")
+    again = load(tmp_path / "narrow")
+    assert again.config == narrow.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, narrow.params)
+    types = lambda params: [x.dtype for x in jax.tree.leaves(params)]
+    assert types(again.params) == types(narrow.params)

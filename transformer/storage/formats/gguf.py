@@ -7,6 +7,7 @@ names that they have there; what follows is the same for both.
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +94,10 @@ def read(
         family, config = _config(metadata, tensors)
         config = config.replace(dtype=dtype or "float32", cache_dtype=keeping.cache)
         named = _named(family, config, tensors, metadata["general.architecture"])
-        params = read_params(family, config, named, np.dtype(config.dtype), keeping)
-        return config, params, read_tokenizer(metadata)
+        with ThreadPoolExecutor(1) as pool:
+            tokenizer = pool.submit(read_tokenizer, metadata)
+            params = read_params(family, config, named, np.dtype(config.dtype), keeping)
+            return config, params, tokenizer.result()
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, NotImplementedError) as error:

@@ -16,7 +16,7 @@ import gguf
 import gguf.quants
 import numpy as np
 
-from transformer.storage.formats.buffers import buffer
+from transformer.storage.buffers import buffer
 
 _VERSIONS = (2, 3)
 _SCALARS = {

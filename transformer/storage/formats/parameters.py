@@ -1,7 +1,9 @@
 """Parameters from published tensors and back, one tensor after the other."""
 
 import math
+import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,21 +14,22 @@ import ml_dtypes
 import numpy as np
 
 from transformer.config import Config
+from transformer.program.fit import abstract_params
 from transformer.program.params import Params
 from transformer.storage.arrays import flat
-from transformer.storage.formats.buffers import contiguous
 from transformer.storage.formats.family import Family
 from transformer.storage.formats.layouts import SAME
 from transformer.storage.formats.tables import (
     Entry,
     Table,
-    abstract_params,
     are_experts_apart,
     entries,
 )
 from transformer.storage.keeping import Keeping
 
 NUMBERS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+_THREADS = max(2, min(8, os.cpu_count() or 1))
+_SHARE = 16  # one in so many numbers may be read at a time
 _SHOWN = 3  # names in a message
 _LARGEST_ZEROS = 2**27  # numbers that are made to see what shapes they would have
 
@@ -48,10 +51,11 @@ def read_params(
     dtype: np.dtype,
     keeping: Keeping,
 ) -> Params:
-    """Reads parameters, tensor by tensor: no two are in memory in both forms at a time.
+    """Reads parameters, tensor by tensor: few are in memory in both forms at a time.
 
     The largest come first, while there is little beside them, and of those that are as large the
-    ones that are stored in another order, which are there twice for a moment.
+    ones that are stored in another order, which are there twice for a moment. Small ones are read
+    in several threads.
 
     Args:
       family: says which tensors hold which parameters.
@@ -66,18 +70,23 @@ def read_params(
     table = family.table(config)
     require_sizes(config, table, tensors)
     abstract = abstract_params(config)
-    shapes, made, place = flat(abstract), {}, keeping.placing(abstract)
+    shapes, made = flat(abstract), {}
     published = {}
     find = _finder(family, tensors)
     table = list(entries(table, config))
+    size = partial(_size, shapes)
+    room = lambda entry: (size(entry), entry.layout is not SAME)
     for entry in table:
         published |= {find(name): name for name in entry.published}
     _require_names(family, config, tensors, published)
-    with ThreadPoolExecutor(1) as pool:
-        prepare = pool.submit(_prepare, keeping, config, abstract, dtype)
-        for entry in sorted(table, key=partial(_room, shapes), reverse=True):
-            arrays = _read(entry, config, tensors, find, dtype, shapes)
-            made |= {name: place(name, arrays.pop(0)) for name in entry.ours}
+    typed = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else np.float32)
+    kept = keeping.shapes(jax.tree.map(typed, abstract))
+    forms = keeping.forms(abstract, kept)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        prepare = pool.submit(_prepare, keeping, config, kept)
+        read = lambda entry: pool.submit(_read, entry, config, tensors, find, dtype, shapes, forms)
+        for entry, arrays in _ahead(read, sorted(table, key=room, reverse=True), size):
+            made |= {name: keeping.place(name, arrays.pop(0)) for name in entry.ours}
         prepare.result()
     return jax.tree.unflatten(jax.tree.structure(abstract), [made[name] for name in shapes])
 
@@ -96,15 +105,29 @@ def require_sizes(config: Config, table: Table, tensors: Mapping[str, Tensor]) -
             raise ValueError(f"the config has {size} {name}, and there are {len(tensors)} tensors.")
 
 
-def _room(shapes, entry):
-    return sum(math.prod(shapes[name].shape) for name in entry.ours), entry.layout is not SAME
+def _size(shapes, entry):
+    return sum(math.prod(shapes[name].shape) for name in entry.ours)
 
 
-def _prepare(keeping, config, abstract, dtype):
-    if keeping.prepare is None or keeping.weights is not None:
-        return
-    typed = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else np.float32)
-    keeping.prepare(config, jax.tree.map(typed, abstract))
+def _ahead(read, table, size):
+    """(entry, what is read) of each entry, in order, some of them being read at a time.
+
+    Those that are have a small share of all numbers together, or else it is one.
+    """
+    most = sum(map(size, table)) / _SHARE
+    reading = deque()
+    next_one = lambda: (reading[0][0], reading.popleft()[1].result())
+    for entry in table:
+        while reading and sum(size(other) for other, _ in reading) + size(entry) > most:
+            yield next_one()
+        reading.append((entry, read(entry)))
+    while reading:
+        yield next_one()
+
+
+def _prepare(keeping, config, shapes):
+    if keeping.prepare is not None and keeping.weights != "int8":
+        keeping.prepare(config, shapes)
 
 
 def _finder(family, tensors):
@@ -155,8 +178,8 @@ def _some(names):
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _read(entry: Entry, config, tensors, find, dtype, shapes):
-    """The parameters of an entry, their shapes checked."""
+def _read(entry: Entry, config, tensors, find, dtype, shapes, forms):
+    """The parameters of an entry as they are kept, their shapes checked."""
     arrays = [_numbers(find(name), tensors[find(name)], dtype) for name in entry.published]
     try:
         made = entry.layout.read(config, arrays)
@@ -166,7 +189,7 @@ def _read(entry: Entry, config, tensors, find, dtype, shapes):
     if [x.shape for x in made] != shapes:
         wrong = "; ".join(_wrong(entry, config, arrays, shapes))
         raise ValueError(f"tensor {wrong}: the config is that of another model.")
-    return list(map(contiguous, made))
+    return [forms[name](x) for name, x in zip(entry.ours, made, strict=True)]
 
 
 def _wrong(entry, config, arrays, shapes):

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from transformer.storage.formats.buffers import buffer
+from transformer.storage.buffers import buffer
 
 DTYPES = {
     "F64": np.dtype(np.float64),

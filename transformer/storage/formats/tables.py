@@ -1,16 +1,12 @@
 """Tables of tensor names: which published tensors hold which parameters of a config."""
 
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import jax
-
 from transformer.config import Config
-from transformer.program.init import init_params
-from transformer.program.params import Params
+from transformer.program.fit import abstract_params
 from transformer.storage.arrays import flat
 from transformer.storage.formats.layouts import SAME, TRANSPOSED, Layout
 
@@ -41,13 +37,6 @@ class Entry:
 
 class Unnamed(Exception):
     """A table has no place for a parameter."""
-
-
-@functools.lru_cache(maxsize=16)
-@functools.lru_cache(maxsize=8)
-def abstract_params(config: Config) -> Params:
-    """The shapes of a config's parameters."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def entries(table: Table, config: Config) -> Iterable[Entry]:

@@ -192,10 +192,12 @@ def test_types_are_as_stored_or_as_asked_for(llama):
         load(llama, dtype="float16")
 
 
+@pytest.mark.parametrize("weights", [None, "panels"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_prepared_meanwhile_sees_config_and_shapes(llama, dtype):
+def test_what_is_prepared_meanwhile_sees_config_and_shapes(llama, dtype, weights):
     seen = []
-    model = load(llama, dtype=dtype, prepare=lambda *given: seen.append(given))
+    prepare = lambda *given: seen.append(given)
+    model = load(llama, dtype=dtype, weights=weights, prepare=prepare)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     assert seen == [(model.config, jax.tree.map(shape, model.params))]
 

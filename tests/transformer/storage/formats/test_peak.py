@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from transformer.program.fit import abstract_params
 from transformer.storage.formats import safetensors
 from transformer.storage.formats.architectures import FAMILIES
 from transformer.storage.formats.parameters import written
-from transformer.storage.formats.tables import abstract_params
 
 # 61 million parameters, of which the embedding and the output are 17 % each.
 VALUES = {
@@ -35,11 +35,12 @@ from transformer import load
 def memory(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-small, path, dtype = sys.argv[1:]
-load(small)
+small, path, dtype, weights = sys.argv[1:]
+weights = weights or None
+load(small, weights=weights)
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = memory("VmRSS")
-model = jax.block_until_ready(load(path, dtype=dtype).params)
+model = jax.block_until_ready(load(path, dtype=dtype, weights=weights).params)
 print((memory("VmHWM") - before) / sum(x.nbytes for x in jax.tree.leaves(model)))
 """
 
@@ -96,12 +97,17 @@ def test_loading_takes_little_more_than_the_parameters(published_named, tmp_path
     small = str(published_named("llama"))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LOAD, small, path, dtype],
+            [sys.executable, "-c", LOAD, small, path, dtype, weights],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
-        for path, dtype in ((whole, "bfloat16"), (shards, "float32"), (file, "float32"))
+        for path, dtype, weights in (
+            (whole, "bfloat16", ""),
+            (shards, "float32", ""),
+            (file, "float32", ""),
+            (file, "float32", "panels"),
+        )
     ]
     peaks = [float(process.communicate()[0]) for process in processes]
     # What is wanted; the parameters alone are 1, and the embedding as it is read 0.17.

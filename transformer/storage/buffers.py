@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from kernels.cpu.tiles import COLUMNS
+
 _ALIGNMENT = 64  # bytes; where JAX on a CPU uses the numbers where they are, without a copy
 _COLUMNS = 64
 
@@ -25,4 +27,15 @@ def contiguous(x: np.ndarray) -> np.ndarray:
     # x is mostly a transposed matrix: few columns at a time stay in the processor's cache.
     for n in range(0, x.shape[-1], _COLUMNS):
         made[..., n : n + _COLUMNS] = x[..., n : n + _COLUMNS]
+    return made
+
+
+def panels(x: np.ndarray) -> np.ndarray:
+    """As `kernels.cpu.product.panels`, in memory that is written once."""
+    *front, K, N = x.shape
+    made = buffer((*front, -(-N // COLUMNS), K, COLUMNS), x.dtype)
+    for n in range(made.shape[-3]):
+        part = x[..., n * COLUMNS : (n + 1) * COLUMNS]
+        made[..., n, :, : part.shape[-1]] = part
+        made[..., n, :, part.shape[-1] :] = 0
     return made
