@@ -111,6 +111,15 @@ class Code:
         """Stores a float or a vector of floats."""
         self._store(x.value, address)
 
+    def some(self, address, count, lanes=LANES) -> Value:
+        """The first `count` floats of a vector at an address, then zeros; it reads no more."""
+        zeros = self.constant(0.0, ir.VectorType(_float, lanes))
+        return self._masked("load", zeros, address, count, zeros.value)
+
+    def put_some(self, x, address, count):
+        """Stores the first `count` floats of a vector."""
+        self._masked("store", x, address, count)
+
     def prefetch(self, address):
         """Asks for the memory at an address, which is needed soon."""
         pointer, flag = _byte.as_pointer(), _lane
@@ -145,6 +154,28 @@ class Code:
                     rows[n], rows[n + distance] = (self._mixed(*pair, x) for x in (low, high))
             distance //= 2
         return rows
+
+    def totals(self, row, lanes=LANES) -> Value:
+        """The sums of as many vectors as they have lanes; `row(n)` gives vector n."""
+
+        def of_every(step, first):
+            if step == lanes:
+                return row(first)
+            pair = of_every(2 * step, first), of_every(2 * step, first + step)
+            low = [n if not n & step else n - step + lanes for n in range(lanes)]
+            high = [n + step if not n & step else n + lanes for n in range(lanes)]
+            return self._mixed(*pair, low) + self._mixed(*pair, high)
+
+        return of_every(1, 0)
+
+    def total(self, x: Value) -> Value:
+        """The sum of the numbers of a vector."""
+        lanes = x.value.type.count
+        while lanes > 1:
+            lanes //= 2
+            low, high = range(lanes), range(lanes, 2 * lanes)
+            x = self._mixed(x, x, list(low)) + self._mixed(x, x, list(high))
+        return self.lane(x, 0)
 
     def nearest(self, x: Value) -> Value:
         """The nearest whole number, as a float; the even one of two."""
@@ -240,6 +271,17 @@ class Code:
     def address_of(self, function: ir.Function) -> Value:
         """Where another function of this module begins."""
         return Value(self, self.builder.ptrtoint(function, _int))
+
+    def _masked(self, name, x, address, count, *otherwise):
+        kind, lanes = x.value.type, x.value.type.count
+        pointer = self.builder.inttoptr(address.value, kind.as_pointer())
+        mask = (self.counted(self.constant(0), lanes) < self.splat(self.narrow(count), lanes)).value
+        place = [pointer, ir.Constant(_lane, _align(kind)), mask]
+        operands = [*place, *otherwise] if name == "load" else [x.value, *place]
+        returned = kind if name == "load" else ir.VoidType()
+        function = ir.FunctionType(returned, [operand.type for operand in operands])
+        function = _declared(self.builder.module, f"llvm.masked.{name}.v{lanes}f32.p0", function)
+        return Value(self, self.builder.call(function, operands))
 
     def _intrinsic(self, name, *arguments):
         kind = arguments[0].value.type

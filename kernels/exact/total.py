@@ -45,16 +45,6 @@ def _powers(x):
     return [peak, tree(functions.exp(x - peak[..., None]))]
 
 
-def _batch_of(bind):
-    def batch(axis, operands, dims):
-        del axis
-        dim = dims[0]
-        results = bind(operands[0] if dim is None else jnp.moveaxis(operands[0], dim, 0))
-        return results, [None if dim is None else 0] * len(results)
-
-    return batch
-
-
 def _total_jvp(fun, primals, moving, tangents):
     del fun, moving
     return total_p.bind(*primals), [tangents[0].sum(-1)]
@@ -67,5 +57,9 @@ def _powers_jvp(fun, primals, moving, tangents):
     return [peak, whole], [jnp.zeros_like(peak), (shares * tangents[0]).sum(-1)]
 
 
-total_p = primitive.define("total", _total, _batch_of(lambda x: total_p.bind(x)), _total_jvp)
-powers_p = primitive.define("powers", _powers, _batch_of(lambda x: powers_p.bind(x)), _powers_jvp)
+total_p = primitive.define(
+    "total", _total, lambda *args: primitive.in_front(total_p, *args), _total_jvp
+)
+powers_p = primitive.define(
+    "powers", _powers, lambda *args: primitive.in_front(powers_p, *args), _powers_jvp
+)

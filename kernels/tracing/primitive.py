@@ -101,3 +101,16 @@ def in_turn(primitive: core.Primitive, operands, dims, **params):
 
     results = jax.lax.map(one, [jnp.moveaxis(operands[n], dims[n], 0) for n in mapped])
     return results, [0] * len(results)
+
+
+def in_front(primitive: core.Primitive, axis, operands, dims, **params):
+    """What a batching rule returns where mapped axes come first in all operands and results."""
+    if all(dim is None for dim in dims):
+        results = primitive.bind(*operands, **params)
+        return results, [None] * len(results)
+    front = [
+        jnp.broadcast_to(x, (axis.size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+        for x, dim in zip(operands, dims, strict=True)
+    ]
+    results = primitive.bind(*front, **params)
+    return results, [0] * len(results)

@@ -1,4 +1,4 @@
-"""The gated delta rule: chunks against one token after the other, and both against NumPy."""
+"""The gated delta rule: many tokens against one after the other, and both against NumPy."""
 
 from functools import partial
 
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels.delta_rule import chunk, step
+from kernels.delta_chunks import chunk
+from kernels.delta_rule import run, step
+from kernels.dot import has_kernel
 
 # (T, N, Hk, Hv): one token, less than a chunk of 64, and several. Few shapes, so that examples
 # share what is compiled.
@@ -101,10 +103,10 @@ def test_chunk_is_one_token_after_the_other(case):
 
 
 @settings(max_examples=20)
-@given(cases(), st.sampled_from([jnp.float32, jnp.bfloat16]))
-def test_the_state_is_float32_and_z_has_the_type_of_the_query(case, dtype):
+@given(st.sampled_from([chunk, run]), cases(), st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_the_state_is_float32_and_z_has_the_type_of_the_query(function, case, dtype):
     case = narrow(case, dtype)
-    state, z = jax.jit(chunk)(*case)
+    state, z = jax.jit(function)(*case)
     assert (state.dtype, z.dtype) == (jnp.float32, dtype)
     exact_state, exact_z = by_hand(*(np.asarray(x, np.float64) for x in case))
     # Rounding of float32, 6e-8, in sums that it enters a few times for each token.
@@ -122,7 +124,20 @@ def test_two_chunks_are_one_longer_chunk(rng):
     assert_close((end, np.concatenate([first, second])), whole, 1e-12)  # rounding of float64
 
 
-@pytest.mark.parametrize("function", [scan, chunk])
+@settings(max_examples=20)
+@given(st.booleans(), cases())
+def test_gradients_in_float32(exact, case):
+    state, i, *tokens = narrow(case, jnp.float32)
+    rng = np.random.default_rng(len(i))
+    cotangents = tuple(rng.normal(size=x.shape).astype(np.float32) for x in (state, tokens[2]))
+    got = with_gradients(partial(run, exact=exact), (state, i, *tokens), cotangents)
+    wide = lambda *arrays: tuple(map(np.float64, arrays))
+    with jax.enable_x64(True):
+        expected = with_gradients(scan, (*wide(state), i, *wide(*tokens)), wide(*cotangents))
+    assert_close(got, expected, 2e-5)  # rounding of float32 in sums of up to 150 tokens
+
+
+@pytest.mark.parametrize("function", [scan, chunk, run])
 def test_what_is_not_read_may_be_nan(rng, function):
     """The state before position 0, padding, and a log decay of -inf, also in gradients."""
     state, i, q, k, v, g, beta = make(rng, 20, 2, 4, 3, np.r_[0:9, 0:8, -1, -1, -1])
@@ -186,6 +201,53 @@ def test_sequences_tangents_and_remat(rng):
     assert_close((gradients, changes), expected, 1e-12)
 
 
+def test_any_order_of_transformations(rng):
+    """Sequences that are mapped inside and outside of gradients, tangents and remat."""
+    case = narrow(make(rng, 7, 2, 4, 3), jnp.float32)
+    state, i, *tokens = case
+    rows = [jnp.stack([x, 0.5 * x, -x]) for x in (state, *tokens[:3])]
+    given = *rows, *tokens[3:]  # the decay and the strength are those of all
+    axes = *[0] * 4, None, None
+
+    def results(function, *given):
+        def one(state, *tokens):
+            state, z = function(state, i, *tokens)
+            return jnp.sin(z).sum() + (state**2).sum()
+
+        def whole(*given):
+            return jax.vmap(jax.checkpoint(one), axes)(*given).sum()
+
+        of_all = jax.grad(whole, range(6))
+        of_each = jax.vmap(jax.grad(one, range(4)), axes)
+        directions = tuple(0.1 * x for x in given)
+        return (
+            of_each(*given),
+            jax.jvp(of_all, given, directions),
+            jax.jvp(whole, given, directions),
+        )
+
+    got = jax.jit(partial(results, run))(*given)
+    with jax.enable_x64(True):
+        expected = jax.jit(partial(results, scan))(*map(np.float64, given))
+    assert_close(got, expected, 1e-5)  # rounding of float32, as above
+
+
+@pytest.mark.skipif(not has_kernel(), reason="kernels of a CPU, with multiply-adds")
+@settings(max_examples=10)
+@given(cases(), st.data())
+def test_the_same_bits_however_it_is_cut(case, data):
+    """Also in bfloat16, and by tokens; the numerics make no difference where a kernel runs both."""
+    state, *tokens = narrow(case, data.draw(st.sampled_from([jnp.float32, jnp.bfloat16])))
+    whole = run(state, *tokens)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens[0])), max_size=4)))
+    reads = []
+    for begin, end in zip([0, *cuts], [*cuts, len(tokens[0])], strict=True):
+        state, z = run(state, *(x[begin:end] for x in tokens), exact=True)
+        reads.append(z)
+    np.testing.assert_array_equal(state, whole[0])
+    np.testing.assert_array_equal(np.concatenate(reads), whole[1])
+
+
 def test_few_tokens_do_not_cost_a_chunk_of_64(rng):
     def flops(T):
         return (
@@ -197,18 +259,22 @@ def test_few_tokens_do_not_cost_a_chunk_of_64(rng):
     assert flops(4) < flops(64) / 15  # in proportion to the tokens, or better
 
 
-def test_inside_shard_map(rng):
+@pytest.mark.parametrize("function", [chunk, run])
+def test_inside_shard_map(rng, function):
     state, i, *tokens = narrow(make(rng, 5, 2, 4, 3), jnp.float32)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     specs = (P(), P(), *[P(None, "data")] * 5)
-    split = jax.shard_map(chunk, mesh=mesh, in_specs=specs, out_specs=(P("data"), P(None, "data")))
+    split = jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=(P("data"), P(None, "data"))
+    )
     # The same operations; a compiler may add numbers in another order.
-    assert_close(jax.jit(split)(state, i, *tokens), jax.jit(chunk)(state, i, *tokens), 1e-6)
+    assert_close(jax.jit(split)(state, i, *tokens), jax.jit(function)(state, i, *tokens), 1e-6)
 
 
 def test_what_does_not_fit_is_named(rng):
     state, i, q, k, v, g, beta = narrow(make(rng, 5, 2, 4, 3), jnp.float32)
-    with pytest.raises(ValueError, match=r"k must be \(5, 2, 4\).* but it is \(5, 2, 3\)"):
-        chunk(state, i, q, k[..., :3], v, g, beta)
+    for function in chunk, run:
+        with pytest.raises(ValueError, match=r"k must be \(5, 2, 4\).* but it is \(5, 2, 3\)"):
+            function(state, i, q, k[..., :3], v, g, beta)
     with pytest.raises(ValueError, match="float32 or float64, but it is bfloat16"):
         step(state.astype(jnp.bfloat16), i[0], q[0], k[0], v[0], g[0], beta[0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from kernels import delta_rule
+from kernels import delta_chunks, delta_rule
 from transformer.axes import split_heads
 from transformer.memory.memory import Memory, over_rows
 
@@ -22,8 +22,8 @@ class DeltaRule(Memory):
     A block is the state [N, Hk, Hv], in float32 at least.
 
     Attributes:
-      exact: whether a token's bits are the same however it runs. Tokens then follow one another,
-        which for many takes far longer.
+      exact: whether a token's bits are the same however it runs. Tokens then follow one another
+        everywhere, which takes far longer for many where no kernel runs them.
     """
 
     exact: bool = False
@@ -36,26 +36,23 @@ class DeltaRule(Memory):
 
     def step(self, block, i, cell, query, shared):
         """Decays and corrects the state, and reads."""
-        return delta_rule.step(block, i, query, *cell, self.exact)
+        many = jax.tree.map(lambda x: x[None], (i, cell, query))
+        block, z = self.chunk(block, *many, shared)
+        return block, z[0]
 
     def chunk(self, block, i, cells, queries, shared):
-        """T tokens of one sequence, in pieces within which the rule is products of matrices."""
-        if len(i) == 1:
-            block, z = self.step(block, *jax.tree.map(lambda x: x[0], (i, cells, queries)), shared)
-            return block, z[None]
-        if self.exact:
-            return self._scan(block, i, cells, queries, shared)
-        return delta_rule.chunk(block, i, queries, *cells)
+        """T tokens of one sequence, one after the other or in pieces, whichever is faster."""
+        return delta_rule.run(block, i, queries, *cells, self.exact)
 
     def gather(self, cells, queries):
         """Nothing: a head's tokens follow one another, and come together in `rows`."""
         return cells, queries
 
     def depth(self, length):
-        """Pieces follow each other, or tokens where they are exact."""
+        """Pieces follow each other where they run as products; tokens where they are exact."""
         if self.exact:
             return length
-        return -(-length // delta_rule.CHUNK)
+        return -(-length // delta_chunks.CHUNK)
 
     def rows(self, block, i, cells, queries, shared):
         """`chunk` for B sequences, on each device for its own heads."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from kernels.delta_rule import delta_rule_p
 from kernels.dot import dot_p
 from kernels.exact.total import powers_p, total_p
 from kernels.ragged_dot import ragged_dot_p
@@ -35,7 +36,7 @@ OURS = {
     quantised_dot_p,
     total_p,
 }
-KERNELS = {ragged_dot_p}  # such, too, but there is nothing to look into
+KERNELS = {delta_rule_p, ragged_dot_p}  # such, too, but there is nothing to look into
 
 
 class Hidden:
