@@ -17,6 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from kernels.blocks import Blocks
 from kernels.cpu.delta_rule import delta_rule as on_cpu
 from kernels.cpu.delta_rule_gradient import gradients as gradients_on_cpu
 from kernels.delta_chunks import check, chunk, prepare, product
@@ -43,7 +44,7 @@ def run(state, i, q, k, v, g, beta, exact=False):
       ValueError: as in `step`.
     """
     operands = state, i, q, k, v, g, beta
-    if has_kernel() and state.dtype == jnp.float32:
+    if has_kernel_for(state.dtype):
         check(*operands)
         return tuple(delta_rule_p.bind(*vary_like(operands, operands)))
     if len(i) == 1:
@@ -52,6 +53,27 @@ def run(state, i, q, k, v, g, beta, exact=False):
     if exact:
         return jax.lax.scan(lambda state, token: step(state, *token, exact), state, operands[1:])
     return chunk(*operands)
+
+
+def has_kernel_for(dtype) -> bool:
+    """Whether a kernel of a CPU runs tokens on states of this type."""
+    return has_kernel() and dtype == jnp.float32
+
+
+def in_place(blocks: Blocks, i, q, k, v, g, beta):
+    """`run` by the kernel, for B sequences whose states change where they lie; without a gradient.
+
+    Args:
+      blocks: of states.
+      i: [B, T]. All others have these leading axes, too.
+
+    Returns:
+      The arrays of the blocks, and z.
+    """
+    wide = lambda x: x.astype(jnp.float32)
+    decay = jnp.where((i == 0)[..., None], 0, functions.exp(wide(g)))
+    arrays, z = on_cpu(blocks, i.astype(jnp.int32), *map(wide, (q, k, v, decay, beta)))
+    return arrays, sums.rounded(z.astype(q.dtype))
 
 
 def step(state, i, q, k, v, g, beta, exact=False):
@@ -98,13 +120,12 @@ def step(state, i, q, k, v, g, beta, exact=False):
 # operands and results.
 
 
-def _run(state, i, q, k, v, g, beta):
+def _run(state, *tokens):
     """`run`, by the kernel."""
-    join = partial(_join, i.ndim - 1)
-    decay = jnp.where((i == 0)[..., None], 0, functions.exp(g.astype(jnp.float32)))
-    tokens = (join(x.astype(jnp.float32)) for x in (q, k, v, decay, beta))
-    state, z = on_cpu(state, join(i.astype(jnp.int32)), *tokens)
-    return [state, sums.rounded(z.reshape(v.shape).astype(q.dtype))]
+    i, v = tokens[0], tokens[3]
+    joined = map(partial(_join, i.ndim - 1), tokens)
+    state, z = in_place(Blocks(state, batched=i.ndim > 1), *joined)
+    return [state, z.reshape(v.shape)]
 
 
 def _run_gradient(state, i, q, k, v, g, beta, dstate, dz):

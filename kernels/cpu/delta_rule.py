@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.blocks import Blocks
 from kernels.cpu import code as words
 from kernels.cpu.call import Frame, Kernel, register
 from kernels.cpu.code import Code, Value
@@ -20,30 +21,37 @@ VECTORS = 4  # of a piece: the sums of its two reads stay in registers
 LEAST = 1 << 15  # numbers that a part changes: for fewer, waking a thread takes longer
 
 
-def delta_rule(state, i, q, k, v, decay, beta):
+def delta_rule(blocks: Blocks, i, q, k, v, decay, beta):
     """Writes T tokens of B sequences, one after the other, and reads for each of them.
 
     Args:
-      state: B states [N, Hk, Hv], with any leading axes; it may change in place.
+      blocks: of B states [N, Hk, Hv], which may change in place.
       i: [B, T], int32, the positions; padding and position 0 as in `kernels.delta_rule.step`.
       q, k: [B, T, N, Hk].
       v: [B, T, N, Hv].
       decay, beta: [B, T, N]; a decay at position 0 counts for nothing, but is finite.
 
-    All but i are float32.
+    All but positions are float32.
 
     Returns:
-      The state after the last token, and z [B, T, N, Hv].
+      The arrays of the blocks, with the states after the last token, and z [B, T, N, Hv].
     """
+    states = blocks.arrays
     if 0 in (q.size, v.size):
-        return state, jnp.zeros_like(v)
+        return states, jnp.zeros_like(v)
     vectors = min(-(-v.shape[-1] // LANES), VECTORS)
     width = LANES * vectors
     size = width * q.shape[1] * q.shape[3]
-    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (state, v)]
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (states, v)]
     kernel = register(_kernel(vectors, v.shape[-1] % width == 0))
     call = jax.ffi.ffi_call(kernel, results, input_output_aliases={0: 0})
-    return call(state, i, q, k, v, decay, beta, together=np.int64(-(-LEAST // size)))
+    stacked = blocks.layer is not None
+    return call(
+        *(states, i, q, k, v, decay, beta),
+        jnp.asarray(blocks.layer if stacked else 0, jnp.int32),
+        layers=np.int64(states.shape[-4] if stacked else 1),
+        together=np.int64(-(-LEAST // size)),
+    )
 
 
 @cache
@@ -53,11 +61,11 @@ def _kernel(vectors, whole):
         return q.size(0) * q.size(2) * _pieces_of_head(frame, vectors)
 
     def parts(frame):
-        together = frame.attribute(0)
+        together = frame.attribute(1)
         return (pieces(frame) + (together - 1)) // together
 
     def run(frame, part):
-        together = frame.attribute(0)
+        together = frame.attribute(1)
         end = frame.code.smaller((part + 1) * together, pieces(frame))
         with frame.code.loop(part * together, end) as piece:
             _run(frame, piece, vectors, whole)
@@ -129,22 +137,25 @@ class Sums:
 
 def _run(frame: Frame, piece, vectors, whole):
     code = frame.code
-    state, i, q, k, v, decay, beta = map(frame.operand, range(7))
+    state, i, q, k, v, decay, beta, layer = map(frame.operand, range(8))
     new_state, z = map(frame.result, range(2))
     T, N, Hk, Hv = q.size(1), q.size(2), q.size(3), v.size(3)
     per_head = _pieces_of_head(frame, vectors)
     head, column = piece // per_head, piece % per_head * (LANES * vectors)
-    first = head // N * T  # of the sequence's tokens
+    sequence, head = head // N, head % N
+    block = sequence * frame.attribute(0) + code.small_integer(layer.address)
+    first = sequence * T  # of its tokens
     row = Row(code, vectors, None if whole else Hv - column)
     held, read = Sums(row), Sums(row)
 
     position = lambda t: code.small_integer(i.address + (first + t) * 4)
-    place = lambda t: (first + t) * N + head % N
+    place = lambda t: (first + t) * N + head
     splat = lambda address: code.splat(code.float(address), LANES)
     of_token = lambda x, t: splat(x.address + place(t) * 4)
     of_key = lambda x, t, m: splat(x.address + (place(t) * Hk + m) * 4)
     columns = lambda x, t: x.address + (place(t) * Hv + column) * 4
-    lies = lambda x: (x.address + (head * Hk * Hv + column) * 4, Hv * 4)  # a state, and its step
+    start = ((block * N + head) * Hk * Hv + column) * 4  # of a state; its rows follow in steps
+    lies = lambda x: (x.address + start, Hv * 4)
     room = frame.room, code.constant(4 * LANES * vectors)
 
     def real(t):

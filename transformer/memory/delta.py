@@ -62,3 +62,10 @@ class DeltaRule(Memory):
     def documents(self, capacity, block, i, cells, queries, shared):
         """As `rows`: a state begins again at position 0."""
         return self.rows(block, i, cells, queries, shared)
+
+    def in_place(self, blocks, i, cells, queries, shared):
+        """One token of each sequence, by the kernel where there is one: no state is copied."""
+        if not delta_rule.has_kernel_for(blocks.arrays.dtype):
+            return super().in_place(blocks, i, cells, queries, shared)
+        i = jnp.broadcast_to(i, queries.shape[:2])
+        return delta_rule.in_place(blocks, i, queries, *cells)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.blocks import Blocks
 from kernels.cpu.call import is_available
-from kernels.cpu.delta_rule import delta_rule
+from kernels.cpu.delta_rule import delta_rule as of_blocks
 from kernels.cpu.delta_rule_gradient import gradients
 from kernels.delta_rule import step
 
@@ -16,6 +17,11 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="kernels of a CPU, wi
 
 # (B, T, N, Hk, Hv): one number, whole vectors, and several pieces of columns, the last one short.
 SHAPES = [(1, 1, 1, 1, 1), (3, 9, 2, 16, 64), (2, 20, 3, 21, 150)]
+
+
+def delta_rule(state, *tokens):
+    """The kernel, on states by themselves."""
+    return of_blocks(Blocks(state, batched=True), *tokens)
 
 
 @st.composite
@@ -110,6 +116,22 @@ def test_many_tokens_are_split_among_threads(rng):
     state, z = jax.jit(lambda *x: jax.lax.scan(lambda S, t: delta_rule(S, *t), *x))(state, by_token)
     np.testing.assert_array_equal(state, whole[0])
     np.testing.assert_array_equal(z[:, :, 0].swapaxes(0, 1), whole[1])
+
+
+def test_one_layer_of_a_stack(rng):
+    """It alone changes, and where it is donated, in place."""
+    B, L, N, H = 2, 3, 2, 5
+    q, k, v = rng.standard_normal((3, B, 4, N, H)).astype(np.float32)
+    decay, beta = rng.uniform(size=(2, B, 4, N)).astype(np.float32)
+    tokens = np.broadcast_to(np.arange(7, 11, dtype=np.int32), (B, 4)), q, k, v, decay, beta
+    states = rng.standard_normal((B, L, N, H, H)).astype(np.float32)
+    run = jax.jit(lambda x, n: of_blocks(Blocks(x, n, batched=True), *tokens), donate_argnums=0)
+    after, z = run(jnp.array(states), 1)
+    expected = delta_rule(states[:, 1], *tokens)
+    np.testing.assert_array_equal(after[:, 1], expected[0])
+    np.testing.assert_array_equal(z, expected[1])
+    np.testing.assert_array_equal(after[:, ::2], states[:, ::2])
+    assert " copy(" not in run.lower(states, 1).compile().as_text()
 
 
 def test_what_is_not_read_may_be_nan(rng):

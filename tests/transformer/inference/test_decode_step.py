@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer.config import Config
+from kernels.dot import has_kernel
+from transformer.config import Config, Delta
 from transformer.program.init import init_cache, init_params
 from transformer.program.program import program
 
@@ -82,6 +83,20 @@ def test_no_scatter_and_no_copy_of_a_block(compiled_text, batch, capacity, chang
         (opcode, name)
         for opcode, name in operations(text, block)
         if opcode not in HARMLESS and not (opcode == "fusion" and "dynamic-update-slice" in name)
+    ]
+    assert not moved
+
+
+@pytest.mark.skipif(not has_kernel(), reason="kernels of a CPU, with multiply-adds")
+@pytest.mark.parametrize("batch", [None, 3], ids=["one", "batch"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_no_copy_of_a_state(compiled_text, batch, scanned):
+    delta = Delta(num_key_heads=2, num_value_heads=4, key_size=128, value_size=128)
+    config = CONFIG.replace(layer_kinds="delta", delta=delta, scan_layers=scanned)
+    text = compiled_text(decode_loop(config, 8, batch))
+    assert "unison_delta_rule" in text
+    moved = [
+        (opcode, name) for opcode, name in operations(text, 4 * 128 * 128) if opcode not in HARMLESS
     ]
     assert not moved
 
