@@ -18,7 +18,7 @@ from kernels.cpu.code import Code, Value
 
 LANES = words.widest()
 VECTORS = 4  # of a piece: the sums of its two reads stay in registers
-LEAST = 1 << 15  # numbers that a part changes: for fewer, waking a thread takes longer
+_LEAST = 1 << 15  # numbers that a part changes: for fewer, waking a thread takes longer
 
 
 def delta_rule(blocks: Blocks, i, q, k, v, decay, beta):
@@ -50,7 +50,7 @@ def delta_rule(blocks: Blocks, i, q, k, v, decay, beta):
         *(states, i, q, k, v, decay, beta),
         jnp.asarray(blocks.layer if stacked else 0, jnp.int32),
         layers=np.int64(states.shape[-4] if stacked else 1),
-        together=np.int64(-(-LEAST // size)),
+        together=np.int64(-(-_LEAST // size)),
     )
 
 
@@ -136,6 +136,7 @@ class Sums:
 
 
 def _run(frame: Frame, piece, vectors, whole):
+    """The tokens of one piece, whose state is in the room between the first and the last."""
     code = frame.code
     state, i, q, k, v, decay, beta, layer = map(frame.operand, range(8))
     new_state, z = map(frame.result, range(2))

@@ -44,38 +44,35 @@ def gradients(state, q, k, v, decay, beta, dstate, dz):
     state, dstate = (fill(x, widths) for x in (state, dstate))
     q, k = (fill(x, widths[:1]) for x in (q, k))
     v, dz = (fill(x, widths[1:]) for x in (v, dz))
-    pieces = v.shape[-1] // (LANES * vectors)
-    shapes = [x.shape for x in (state, v)] + [(pieces, *x.shape) for x in (q, k, decay, beta)]
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (state, q, k, v, decay, beta)]
     call = jax.ffi.ffi_call(register(_kernel(vectors)), results)
-    of_state, of_v, *parts = call(state, q, k, v, decay, beta, dstate, dz)
-    of_q, of_k, of_g, of_beta = (x.sum(0) for x in parts)
+    of_state, of_q, of_k, of_v, of_g, of_beta = call(state, q, k, v, decay, beta, dstate, dz)
     return of_state[..., :Hk, :Hv], of_q[..., :Hk], of_k[..., :Hk], of_v[..., :Hv], of_g, of_beta
 
 
 @cache
 def _kernel(vectors):
     width = LANES * vectors
-
-    def parts(frame):
-        q, v = frame.operand(1), frame.operand(3)
-        return q.size(0) * q.size(2) * (v.size(3) // width)
+    heads = lambda frame: frame.operand(1).size(0) * frame.operand(1).size(2)
 
     def room(frame):
         q = frame.operand(1)
         return (q.size(1) + q.size(3)) * (4 * width) + q.size(1) * 4
 
-    def run(frame, part):
-        piece = _Piece(frame, part, vectors)
-        _forwards(piece)
-        _backwards(piece)
-        _again(piece)
+    def run(frame, head):
+        with frame.code.loop(0, frame.operand(3).size(3), width) as column:
+            piece = _Piece(frame, head, column, vectors)
+            _forwards(piece)
+            _backwards(piece)
+            _again(piece)
 
-    return Kernel(f"unison_delta_rule_gradient_{vectors}", parts, run, room)
+    return Kernel(f"unison_delta_rule_gradient_{vectors}", heads, run, room)
 
 
 class _Piece:
-    """Some columns of one head of one sequence: where its numbers lie.
+    """Some columns of one head of one sequence, and where its numbers lie.
+
+    What is a sum over columns is added up from piece to piece.
 
     Attributes:
       code: where it is written.
@@ -88,39 +85,23 @@ class _Piece:
         how far the value of token t is from what its key held; q . dq of token t.
     """
 
-    def __init__(self, frame: Frame, number, vectors):
+    def __init__(self, frame: Frame, head, column, vectors):
         self.code, self.row = frame.code, Row(frame.code, vectors)
+        self.is_first = column.equals(0)
         state, q, k, v, decay, beta, dstate, dz = map(frame.operand, range(8))
-        of_state, of_v, of_q, of_k, of_g, of_beta = map(frame.result, range(6))
-        B, T, N, Hk = map(q.size, range(4))
+        of_state, of_q, of_k, of_v, of_g, of_beta = map(frame.result, range(6))
+        T, N, Hk = map(q.size, range(1, 4))
         Hv, width = v.size(3), LANES * vectors
         self.T, self.Hk = T, Hk
-        head, column = number // (Hv // width), number % (Hv // width) * width
-        share = number % (Hv // width) * (B * T * N)  # where its part of a sum over columns begins
         place = lambda t: (head // N * T + t) * N + head % N
-
-        def numbers(x, first=0):
-            return lambda t: x.address + (place(t) + first) * 4
-
-        def keys(x, first=0):
-            return lambda t, m: x.address + ((place(t) + first) * Hk + m) * 4
-
-        def values(x):
-            return lambda t: x.address + (place(t) * Hv + column) * 4
-
-        def states(x):
-            return lambda m: x.address + ((head * Hk + m) * Hv + column) * 4
-
+        numbers = lambda x: lambda t: x.address + place(t) * 4
+        keys = lambda x: lambda t, m: x.address + (place(t) * Hk + m) * 4
+        values = lambda x: lambda t: x.address + (place(t) * Hv + column) * 4
+        states = lambda x: lambda m: x.address + ((head * Hk + m) * Hv + column) * 4
         self.state, self.dstate, self.of_state = map(states, (state, dstate, of_state))
-        self.q, self.k, self.of_q, self.of_k = (
-            keys(q),
-            keys(k),
-            keys(of_q, share),
-            keys(of_k, share),
-        )
+        self.q, self.k, self.of_q, self.of_k = map(keys, (q, k, of_q, of_k))
         self.v, self.dz, self.of_v = map(values, (v, dz, of_v))
-        self.decay, self.beta = numbers(decay), numbers(beta)
-        self.of_g, self.of_beta = numbers(of_g, share), numbers(of_beta, share)
+        self.decay, self.beta, self.of_g, self.of_beta = map(numbers, (decay, beta, of_g, of_beta))
         errors = frame.room + Hk * (4 * width)
         self.kept = lambda m: frame.room + m * (4 * width)
         self.error = lambda t: errors + t * (4 * width)
@@ -129,6 +110,11 @@ class _Piece:
     def splat(self, address):
         """A row of the number that lies there."""
         return self.code.splat(self.code.float(address), LANES)
+
+    def add(self, x, address, load=None):
+        """Adds to what the pieces before have left at an address; `load` reads it there."""
+        old = load(address) if load else self.code.vector(address, lanes=LANES)
+        self.code.put(self.code.select(self.is_first, x, x + old), address)
 
     def change(self, new, use):
         """Changes the rows that are kept, and uses a number of each.
@@ -179,7 +165,7 @@ def _forwards(p: _Piece):
             return xs, p.dot(xs, asks)
 
         def use(m, numbers):
-            code.put(numbers, p.of_q(t, m))
+            p.add(numbers, p.of_q(t, m))
             asked.set(code.fma(code.vector(p.q(t, m), lanes=LANES), numbers, asked.get()))
 
         p.change(new, use)
@@ -212,16 +198,16 @@ def _backwards(p: _Piece):
             of_written.add(p.splat(p.k(t, m)), xs)
             return xs, p.dot(xs, written)
 
-        p.change(new, lambda m, numbers: code.put(numbers, p.of_k(t, m)))
+        p.change(new, lambda m, numbers: p.add(numbers, p.of_k(t, m)))
         of_v = [beta * x for x in of_written.get()]
         row.store(of_v, p.of_v(t))
-        code.put(code.total(p.dot(of_written.get(), error)), p.of_beta(t))
+        p.add(code.total(p.dot(of_written.get(), error)), p.of_beta(t), code.float)
         moved.set([x * -1.0 for x in of_v])
         decay.set(p.splat(p.decay(t)))
         more = code.float(p.asked(t)) - code.total(p.dot(row.load(p.v(t)), of_v))
         begins, zero = code.float(p.decay(t)).equals(0.0), code.number(0.0)
         of_decay.set(code.select(begins, zero, of_decay.get() + more))
-        code.put(of_decay.get(), p.of_g(t))
+        p.add(of_decay.get(), p.of_g(t), code.float)
     with code.loop(0, p.Hk) as m:
         key, olds = p.splat(p.k(0, m)), row.load(p.kept(m))
         xs = [code.fma(key, d, old) for d, old in zip(moved.get(), olds, strict=True)]
