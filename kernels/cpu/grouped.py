@@ -82,7 +82,7 @@ def _part(frame: Frame, part, dtype, layout):
     with code.when(is_left.negated()), code.loop(begin, end, _ROWS) as m:
         columns_of(
             code,
-            (x.address + m * K * 4, (K * 4, 4), False),
+            (x.address + m * K * 4, (K * 4, 4)),
             Matrix(w.address + group * K * N * TYPES[dtype], K, N, dtype, layout),
             column,
             (y.address + m * N * 4, code.smaller(end - m, _ROWS)),
@@ -112,7 +112,7 @@ def _outer_part(frame: Frame, part):
             _clear(code, z, k, k + rows, column, N)
         columns_of(
             code,
-            (x.address + (begin * K + k) * 4, (4, K * 4), True),
+            (x.address + (begin * K + k) * 4, (4, K * 4)),
             matrix,
             column,
             (z + k * N * 4, rows),

@@ -74,7 +74,7 @@ def _part(frame: Frame, part, dtype, layout, turned):
     steps = row_step, _ = (4, M * 4) if turned else (K * 4, 4)
     columns_of(
         code,
-        (x.address + row * row_step, steps, turned),
+        (x.address + row * row_step, steps),
         Matrix(w.address, K, N, dtype, layout),
         column,
         (y.address + row * N * 4, code.smaller(M - row, rows)),
@@ -108,13 +108,13 @@ def columns_of(code, x, w: Matrix, column, y, block, room):
 
     Args:
       code: where it is written.
-      x: (address, steps, far) of rows, as in `tiles.multiply`.
+      x: (address, steps) of rows, as in `tiles.multiply`.
       w: the matrix.
       y: (address, rows): of the first row of the product, and how many rows there are.
       block: terms of a chain.
       room: of `room_for(rows)` bytes.
     """
-    x, steps, far = x
+    x, steps = x
     y, count = y
     copy, source, step, term = w.lines(column)
     columns, term_step = w.N - column, steps[1]
@@ -125,7 +125,7 @@ def columns_of(code, x, w: Matrix, column, y, block, room):
         with code.loop(begin, end, TERMS) as k:
             terms = code.smaller(end - k, TERMS)
             copy(code, source + k * term, step, w.dtype, terms, columns, panel)
-            multiply(code, x + k * term_step, steps, count, panel, terms, chains, far=far)
+            multiply(code, x + k * term_step, steps, count, panel, terms, chains, far=True)
         at = y + column * 4
         add(code, chains, at, w.N * 4, count, columns, begin.equals(0))
 

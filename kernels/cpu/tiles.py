@@ -4,6 +4,8 @@ Terms of the columns lie in a panel, [terms, 64] in float32, which the nearest c
 rows take them. `copy_rows` and `copy_columns` fill it.
 """
 
+import contextlib
+
 from kernels.cpu import code as words
 from kernels.cpu.code import Code
 
@@ -34,7 +36,7 @@ def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW, far=Fals
       panel: the address of a panel.
       terms: how many it has.
       sums: the address of the chains, `step` bytes from row to row.
-      far: whether terms lie so far apart that those of the next rows have to be asked for.
+      far: whether x lies in no near cache, so that the next rows have to be asked for.
     """
     row_step, term_step = steps
     done = code.variable(0)
@@ -43,13 +45,22 @@ def multiply(code: Code, x, steps, count, panel, terms, sums, step=ROW, far=Fals
             m = done.get()
             for first in range(0, ROW, 4 * LANES * vectors):
                 at = x + code.constant(row_step) * m
-                ahead = [(at + LINE, term_step)] if far and first == 0 else []
+                asks = _next_rows(code, at, steps, rows) if far and first == 0 else {}
                 here, there = (at, row_step, term_step), sums + m * step + first
-                tile(code, (rows, vectors), here, panel + first, terms, there, step, ahead=ahead)
+                tile(code, (rows, vectors), here, panel + first, terms, there, step, **asks)
             done.set(m + rows)
 
 
-def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=()):
+def _next_rows(code, x, steps, rows):
+    """How a tile of so many rows at x asks for what the next one takes of x."""
+    row_step, term_step = steps
+    if term_step == 4:  # lines of a row, too few in turn to be foreseen: 1.1 to 1.3 times as fast
+        next_ones = [x + code.constant(row_step) * (rows + n) for n in range(rows)]
+        return {"ahead": [(at, term_step) for at in next_ones], "every": LINE // 4}
+    return {"ahead": [(x + LINE, term_step)]}
+
+
+def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=(), every=1):
     """Continues the chains of some rows and vectors of columns: `shape` says of how many.
 
     Args:
@@ -59,7 +70,8 @@ def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=
       terms: how many.
       sums: the address of the chains, `step` bytes from row to row.
       dtype: of the panel.
-      ahead: (address, step) of memory that is needed soon: each term asks for one line of it.
+      ahead: (address, step) of memory that is needed soon: one line of it is asked for at a time.
+      every: so many terms ask once.
     """
     rows, vectors = shape
     x, row_step, term_step = x
@@ -69,15 +81,18 @@ def tile(code: Code, shape, x, panel, terms, sums, step, dtype="float32", ahead=
         for m in range(rows)
     ]
     held = [[code.variable(code.vector(at, lanes=LANES)) for at in row] for row in places]
-    with code.loop(0, terms) as k:
-        here = panel + k * (COLUMNS * size)
+    with code.loop(0, terms, every) as begin:
         for address, line_step in ahead:
-            code.prefetch(address + k * line_step)
-        ws = [code.vector(here + v * LANES * size, dtype, LANES) for v in range(vectors)]
-        for m in range(rows):
-            one = code.splat(code.float(x + code.constant(row_step) * m + k * term_step), LANES)
-            for v in range(vectors):
-                held[m][v].set(code.fma(one, ws[v], held[m][v].get()))
+            code.prefetch(address + begin * line_step)
+        turn = code.loop(begin, code.smaller(begin + every, terms))
+        with turn if every > 1 else contextlib.nullcontext(begin) as k:
+            here = panel + k * (COLUMNS * size)
+            ws = [code.vector(here + v * LANES * size, dtype, LANES) for v in range(vectors)]
+            for m in range(rows):
+                at = x + code.constant(row_step) * m + k * term_step
+                one = code.splat(code.float(at), LANES)
+                for v in range(vectors):
+                    held[m][v].set(code.fma(one, ws[v], held[m][v].get()))
     for variables, row in zip(held, places, strict=True):
         for variable, at in zip(variables, row, strict=True):
             code.put(variable.get(), at)
