@@ -366,6 +366,11 @@ def widest() -> int:
     return 16 if binding.get_host_cpu_features().get("avx512f") else LANES
 
 
+def is_amd() -> bool:
+    """Whether AMD made this processor, of those that LLVM knows by a name."""
+    return binding.get_host_cpu_name().startswith("znver")
+
+
 def has_fma() -> bool:
     """Whether this processor multiplies and adds in one instruction."""
     processor = binding.get_host_cpu_features()
