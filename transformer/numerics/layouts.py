@@ -17,6 +17,7 @@ from kernels.dot import dot
 from kernels.exact.order import order
 from kernels.exact.products import product_by_output
 from kernels.exact.sums import rounded
+from kernels.tracing import primitive
 from transformer.numerics.matrix import Matrix, is_matrix, row
 from transformer.numerics.products import define, exact_dot, exact_run
 from transformer.numerics.quantised import is_quantised
@@ -169,6 +170,18 @@ def _run_packed(x, *arrays, count, block, exact):
     return [y.astype(x.dtype) for y in run(x, *arrays)]
 
 
+def _jvp_packed(fun, primals, moving, tangents, *, count, **static):
+    """As for `exact_dot`: derivatives have no order to keep."""
+    del fun
+
+    def plain(x, *arrays):
+        ws, scales = arrays[:count], arrays[count:] or (None,) * count
+        return [dot(x, _matrix(*w).astype(x.dtype)) for w in zip(ws, scales, strict=True)]
+
+    _, changes = primitive.jvp_of_moving(plain, primals, moving, tangents)
+    return dot_packed_p.bind(*primals, count=count, **static), changes
+
+
 def _matrix(panels, scales=None):
     """The matrix [..., in, out or more] that is in these panels."""
     w = few_rows.matrix(panels)
@@ -192,5 +205,5 @@ def _jvp_by_output(fun, primals, moving, tangents):
     return dot_by_output_p.bind(x, w), [sum(terms[1:], terms[0])]
 
 
-dot_packed_p = define("dot_packed", _run_packed)
+dot_packed_p = define("dot_packed", _run_packed, _jvp_packed)
 dot_by_output_p = define("dot_by_output", _run_by_output, _jvp_by_output)

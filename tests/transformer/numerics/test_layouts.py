@@ -39,6 +39,20 @@ def test_fast_products(rows, operands):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("numerics", [FAST, EXACT])
+def test_derivatives_are_those_of_the_plain_matrix(numerics, operands):
+    x, w = operands[0][:8], operands[1]
+
+    def gradients(x, w):
+        loss = lambda x, w: (jax.vmap(numerics.dot, (0, None))(x, w) ** 2).sum()
+        of_x, of_w = jax.jit(jax.grad(loss, (0, 1)))(x, w)
+        return of_x, dense(of_w)
+
+    for got, wanted in zip(gradients(x, lay_out(w, exact=False)), gradients(x, w), strict=True):
+        # Sums of 100 and 8 products of numbers of size 25 and 1, in float32.
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_it_stands_for_the_matrix(exact, operands):
     w = jnp.stack([operands[1], 2 * operands[1]])
