@@ -15,7 +15,7 @@ from transformer.program.packing import pack
 from transformer.program.params import Params
 from transformer.program.program import Program
 
-_pack = jax.jit(pack, static_argnames="exact")
+pack_params = jax.jit(pack, static_argnames="exact")
 
 
 def cast_params(config: Config, params: Params) -> Params:
@@ -33,10 +33,11 @@ def lay_out_params(f: Callable, params: Params) -> Params:
     split = any(len(x.devices()) > 1 for x in filter(is_placed, jax.tree.leaves(params)))
     if split or platform() != "cpu" or not isinstance(f, Program):
         return params
-    lie = jax.eval_shape(partial(pack, exact=f.numerics.exact), params)
+    # Traced once for each structure: `generate` asks at every call.
+    lie = pack_params.eval_shape(params, exact=f.numerics.exact)
     if jax.tree.structure(lie) == jax.tree.structure(params):
         return params
-    return _pack(params, f.numerics.exact)
+    return pack_params(params, exact=f.numerics.exact)
 
 
 @partial(jax.jit, static_argnames="config")

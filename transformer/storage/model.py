@@ -15,7 +15,7 @@ from transformer.config import Config
 from transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from transformer.data.tokenizer import Tokenizer
 from transformer.files import write_json
-from transformer.inference.prepare import cast_params
+from transformer.inference.prepare import cast_params, pack_params
 from transformer.numerics.matrix import dense, is_matrix
 from transformer.numerics.quantised import is_quantised
 from transformer.program.fit import abstract_params
@@ -156,10 +156,11 @@ def load(
         model = _cast(model, dtype)
     if weights is None:
         return model
-    params = model.params if weights == "int8" else cast_params(model.config, model.params)
-    forms, leaves = keeping.forms(params, keeping.shapes(params)), flat(params)
+    if weights == "panels":
+        return replace(model, params=pack_params(cast_params(model.config, model.params)))
+    forms, leaves = keeping.forms(model.params, model.params), flat(model.params)
     kept = [keeping.place(name, forms[name](np.asarray(x))) for name, x in leaves.items()]
-    return replace(model, params=jax.tree.unflatten(jax.tree.structure(params), kept))
+    return replace(model, params=jax.tree.unflatten(jax.tree.structure(model.params), kept))
 
 
 def _cast(model, dtype):
