@@ -114,7 +114,9 @@ def test_generation_is_the_argmax_of_the_parallel_mode(prompts, config):
 
 
 def test_bfloat16_casts_matrices_once_and_agrees_with_the_parallel_mode(prompts):
-    config = SMALL.replace(dtype="bfloat16", num_experts=4)
+    # All experts for every token: one that goes to others in one mode, since its best are nearly
+    # alike, is another function of the tokens (one prompt in 40 was 0.35 apart).
+    config = SMALL.replace(dtype="bfloat16", num_experts=4, experts_per_token=4)
     params = cast_params(config, model(config).params)
     layer = params.layers[0]
     assert params.embedding.dtype == layer.mixer.query.weight.dtype == jnp.bfloat16
