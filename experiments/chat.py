@@ -6,7 +6,6 @@ with --prompt there is one reply, and the program ends.
 """
 
 import sys
-from functools import partial
 
 from absl import flags
 
@@ -34,20 +33,21 @@ def main(argv):
     """Loads the model, and replies to one message or to all that are typed."""
     del argv
     # Here and not above, so that --help needs no import of jax.
-    from transformer.inference.conversation import Conversation, compile_replies
+    from transformer.inference.conversation import Conversation, Steps
     from transformer.storage.checkpoint import CheckpointError
     from transformer.storage.model import load
 
     with cli.user_errors(ValueError, OSError, CheckpointError):
         options = {flag.name: flag.value for flag in _OPTIONS}
+        steps = Steps(keep=True, **options)
         model = load(
             _MODEL.value,
             dtype=_DTYPE.value,
             weights=_WEIGHTS.value or "panels",
             cache=_CACHE.value,
-            prepare=partial(compile_replies, **options),
+            prepare=steps.compile,
         )
-        conversation = Conversation(model, system=_SYSTEM.value, **options)
+        conversation = Conversation(model, system=_SYSTEM.value, steps=steps, **options)
     if _PROMPT.value is not None:
         with cli.user_errors(ValueError):
             _print(conversation.reply(_PROMPT.value))

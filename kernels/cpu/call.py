@@ -8,6 +8,7 @@ pool that comes late finds nothing to do, so nobody waits for a thread that is n
 import ctypes
 import functools
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,9 @@ _EXECUTE = 3
 _LINE = 64  # bytes of a cache line
 _FUNCTIONS = 48  # where the functions of `XLA_FFI_Api` begin
 _NEXT, _DONE, _PARTS, _USERS, _FRAME, _STATE_SIZE = 0, 8, 16, 24, 32, 40
+
+_told: set[str] = set()  # names of kernels that XLA knows
+_telling = threading.Lock()
 
 
 class Buffer(NamedTuple):
@@ -85,11 +89,31 @@ class Kernel(NamedTuple):
 @functools.cache
 def register(kernel: Kernel) -> str:
     """Compiles a kernel, unless its machine code is kept, and tells XLA of it; returns its name."""
-    code = kept.machine_code(kernel.name, functools.partial(_compiled, kernel))
-    address = words.linked(code, kernel.name)
-    pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
-    jax.ffi.register_ffi_target(kernel.name, jax.ffi.pycapsule(pointer), platform="cpu")
+    _tell(kernel.name, kept.machine_code(kernel.name, functools.partial(_compiled, kernel)))
     return kernel.name
+
+
+def restore(name: str) -> bool:
+    """Tells XLA of a kernel whose machine code is kept; whether it knows it now."""
+    code = None if name in _told else kept.found_machine_code(name)
+    if code is not None:
+        _tell(name, code)
+    return name in _told
+
+
+def names() -> list[str]:
+    """The kernels that XLA has been told of."""
+    return sorted(_told)
+
+
+def _tell(name, code):
+    with _telling:  # XLA takes a name only once, whatever the thread
+        if name in _told:
+            return
+        address = words.linked(code, name)
+        pointer = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform="cpu")
+        _told.add(name)
 
 
 def _compiled(kernel):

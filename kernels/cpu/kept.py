@@ -1,4 +1,4 @@
-"""Machine code of kernels, kept where JAX keeps what it compiles, so that a start compiles none."""
+"""What is made at a start and kept for the next, in the directory of JAX's persistent cache."""
 
 import contextlib
 import hashlib
@@ -14,39 +14,73 @@ import jaxlib
 from kernels.cpu import code
 
 _DIGEST = hashlib.sha256().digest_size
+_KERNELS = Path(__file__).parents[1]
 
 
 def machine_code(name: str, make: Callable[[], bytes]) -> bytes:
     """What `make()` gives, or gave before in the same sources on a processor like this one.
 
-    It is kept in the directory of JAX's persistent cache, where there is one.
-
     Args:
       name: of the kernel, which no other one has.
       make: compiles it.
     """
-    folder = jax.config.jax_compilation_cache_dir
-    if folder is None or not jax.config.jax_enable_compilation_cache:
-        return make()
-    path = Path(folder) / f"{name}_{_origin()}.o"
-    with contextlib.suppress(OSError):
-        kept = path.read_bytes()
-        digest, found = kept[:_DIGEST], kept[_DIGEST:]
-        if hashlib.sha256(found).digest() == digest:
-            return found
-    made = make()
+    return kept(_file(name), make)
+
+
+def found_machine_code(name: str) -> bytes | None:
+    """The machine code of a kernel if it is kept, else None."""
+    return found(_file(name))
+
+
+def kept(file_name: str, make: Callable[[], bytes]) -> bytes:
+    """What is kept under a name, or else what `make()` gives, which is kept where there is a place.
+
+    Args:
+      file_name: says all that it depends on.
+      make: makes it.
+    """
+    content = found(file_name)
+    if content is not None:
+        return content
+    made, path = make(), _path(file_name)
     with contextlib.suppress(OSError):  # without a place for it there is none
-        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        unfinished.write_bytes(hashlib.sha256(made).digest() + made)
-        os.replace(unfinished, path)
+        if path is not None:
+            unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            unfinished.write_bytes(hashlib.sha256(made).digest() + made)
+            os.replace(unfinished, path)
     return made
+
+
+def found(file_name: str) -> bytes | None:
+    """What is kept under a name; None if there is nothing, or it is damaged."""
+    path = _path(file_name)
+    with contextlib.suppress(OSError):
+        content = path.read_bytes() if path is not None else b""
+        if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
+            return content[_DIGEST:]
+    return None
+
+
+def origin(*folders: Path) -> str:
+    """A number for the sources in some folders, and for the processor and JAX's version."""
+    number = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__} {code.processor()}".encode())
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            number.update(path.read_bytes())
+    return number.hexdigest()[:32]
+
+
+def _file(kernel):
+    return f"{kernel}_{_origin()}.o"
 
 
 @cache
 def _origin():
-    """A number for the sources of kernels and for what else machine code depends on."""
-    number = hashlib.sha256(f"{jaxlib.__version__} {code.processor()}".encode())
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *(here.parent / "exact").glob("*.py")]):
-        number.update(path.read_bytes())
-    return number.hexdigest()[:32]
+    return origin(_KERNELS / "cpu", _KERNELS / "exact")
+
+
+def _path(file_name):
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None or not jax.config.jax_enable_compilation_cache:
+        return None
+    return Path(folder) / file_name

@@ -8,11 +8,11 @@ whose first token it is.
 
 import codecs
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -41,6 +41,8 @@ PATTERN = "|".join(
 )
 
 _log = logging.getLogger(__name__)
+
+_SETTING = threading.Lock()  # one for all tokenizers, which so can be copied to other processes
 
 # Texts in one call of the library: it keeps about 100 bytes a token until the call is over.
 _TEXTS_PER_CALL = 64
@@ -72,7 +74,7 @@ class Tokenizer:
         """Wraps a tokenizer of `tokenizers`.
 
         Args:
-            backend: it is changed: the name of a special token in a text is only text.
+            backend: a setting of it is changed at every call, so it is this tokenizer's alone.
             begin, ends: None: the token <|endoftext|>, as in those that are made here.
             chat_template, names: as above.
 
@@ -87,7 +89,6 @@ class Tokenizer:
                 )
             begin = [end] if begin is None else begin
             ends = [end] if ends is None else ends
-        backend.encode_special_tokens = True
         self._backend = backend
         self._token_bytes = token_bytes(backend)
         self.vocab_size = len(self._token_bytes)
@@ -113,15 +114,15 @@ class Tokenizer:
             ValueError: the text has no UTF-8 form (it holds half of a surrogate pair).
         """
         require_utf8(text)
-        backend = self._with_special if special else self._backend
-        return backend.encode(text, add_special_tokens=False).ids
+        with self._spelling(special):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
-    @functools.cached_property
-    def _with_special(self):
-        """The backend that knows special tokens by their names: another one, as it is a setting."""
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.encode_special_tokens = False
-        return backend
+    @contextlib.contextmanager
+    def _spelling(self, special):
+        """Whether names of special tokens stand for them is a setting, and one for all threads."""
+        with _SETTING:
+            self._backend.encode_special_tokens = not special
+            yield
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as int32 [T], as `encode` gives them, on all cores."""
@@ -129,9 +130,10 @@ class Tokenizer:
             require_utf8(text)
         ids = []
         for start in range(0, len(texts), _TEXTS_PER_CALL):
-            encodings = self._backend.encode_batch_fast(
-                texts[start : start + _TEXTS_PER_CALL], add_special_tokens=False
-            )
+            with self._spelling(special=False):
+                encodings = self._backend.encode_batch_fast(
+                    texts[start : start + _TEXTS_PER_CALL], add_special_tokens=False
+                )
             ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids
 

@@ -10,6 +10,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.chat import render
 from transformer.inference.adjust import Written
+from transformer.inference.ahead import Ahead
 from transformer.inference.completion import Completion, Writer
 from transformer.inference.decode import State, capacity_for, decode, stop_ids
 from transformer.inference.options import Options
@@ -19,7 +20,7 @@ from transformer.inference.prompts import prompt_keys, stop_conditions
 from transformer.modes.schedule import parallel
 from transformer.program.fit import check_params
 from transformer.program.params import Params
-from transformer.program.program import program
+from transformer.program.program import Program, program
 
 _FIRST_CAPACITY = 2048  # cells; a conversation that outgrows them runs once again, in twice as many
 
@@ -33,12 +34,15 @@ class Conversation:
         runs again.
     """
 
-    def __init__(self, model, *, system: str | None = None, **options):
+    def __init__(
+        self, model, *, system: str | None = None, steps: "Steps | None" = None, **options
+    ):
         """Begins a conversation.
 
         Args:
           model: config, params and a tokenizer with a chat template.
           system: what the model is told at the start; None: what its template says.
+          steps: what was compiled for these options while the model was read; None: nothing.
           **options: the fields of `transformer.inference.options.Options`, of which max_new_tokens
             must be given, for each reply, of which there is one: num_samples, batch_size and
             top_logprobs change nothing.
@@ -54,6 +58,7 @@ class Conversation:
         self._stops = stop_conditions(model.config, model.tokenizer, self._options.stop)
         self._program = _program(model.config, self._options)
         self._params = _prepared(self._program, model.config, model.params)
+        self._steps = steps or Steps(**options)
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.positions_run = 0
         self._text, self._tokens = "", []  # what has been said, of which all but the last is cells
@@ -116,7 +121,7 @@ class Conversation:
             padding = size - len(chunk)
             positions = np.pad(start + np.arange(len(chunk)), (0, padding), constant_values=-1)
             ids = np.pad(chunk, (0, padding))
-            self._cache = _read(
+            self._cache = self._steps.read(
                 self._program, self._params, self._cache, np.int32(ids), np.int32(positions)
             )
             self.positions_run += len(chunk)
@@ -133,7 +138,7 @@ class Conversation:
             self._stops[1],
         )
         while writer.completion is None:
-            state, _, drawn = decode(self._program, self._params, state, *how)
+            state, _, drawn = self._steps.draw(self._program, self._params, state, *how)
             yield writer.push(jax.tree.map(np.asarray, drawn).at(0, 0))
         self._cache = state.cache
 
@@ -151,27 +156,42 @@ def _begin(config, options, cache, capacity, tokens, vocab_size, stops):
     return state, (running, sampling, stop_ids(stops), one, one, adjust, options.wanted)
 
 
-def compile_replies(config: Config, params: Params, **options) -> None:
-    """Compiles what a conversation runs, for as long as it fits its first cells.
+class Steps:
+    """What a conversation runs, which may be compiled while its model is read.
 
-    `load` takes it as `prepare` and compiles while it reads: the first reply then begins sooner.
-
-    Args:
-      config, params: those of the model; of arrays the shapes are enough.
-      **options: as in `Conversation`.
+    Attributes:
+      read: runs a chunk of what is said.
+      draw: draws a token of a reply.
     """
-    options = Options(**options)
-    f = _program(config, options)
-    params = jax.eval_shape(partial(_prepared, f, config), params)
-    capacity, size = capacity_for(_FIRST_CAPACITY), chunk_size()
-    cache = jax.eval_shape(partial(empty_row, config, capacity))
-    state, how = _begin(config, options, cache, capacity, [0], None, ())
-    decoding = decode.lower(f, params, state, *how)
-    with ThreadPoolExecutor(1) as pool:  # what was compiled before is read outside of Python
-        compiled = pool.submit(decoding.compile)
-        ids = np.zeros(size, np.int32)
-        _read.lower(f, params, cache, ids, ids).compile()
-        compiled.result()
+
+    def __init__(self, *, keep: bool = False, **options):
+        """Compiles nothing yet.
+
+        Args:
+          keep: as in `Ahead.compile`.
+          **options: those of the conversation.
+        """
+        self._options, self._keep = Options(**options), keep
+        self.read, self.draw = Ahead(_read, [0], [2]), Ahead(decode, [0, 9], [2])
+
+    def compile(self, config: Config, params: Params) -> None:
+        """Compiles what runs for as long as the conversation fits its first cells.
+
+        `load` takes it as `prepare` and calls it while it reads: the first reply begins sooner.
+
+        Args:
+          config, params: those of the model; of arrays the shapes are enough.
+        """
+        f = _program(config, self._options)
+        params = jax.eval_shape(partial(_prepared, f, config), params)
+        capacity, ids = capacity_for(_FIRST_CAPACITY), np.zeros(chunk_size(), np.int32)
+        cache = jax.eval_shape(partial(empty_row, config, capacity))
+        state, how = _begin(config, self._options, cache, capacity, [0], None, ())
+        keep = self._keep and isinstance(f, Program)
+        with ThreadPoolExecutor(1) as pool:  # what was compiled before is read outside of Python
+            reading = pool.submit(self.read.compile, f, params, cache, ids, ids, keep=keep)
+            self.draw.compile(f, params, state, *how, keep=keep)
+            reading.result()
 
 
 def _program(config, options):

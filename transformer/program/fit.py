@@ -45,7 +45,7 @@ def check_params(config: Config, params: Params) -> None:
 @functools.lru_cache(maxsize=64)
 def abstract_params(config: Config) -> Params:
     """A config's parameters, with a `jax.ShapeDtypeStruct` for each array."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=64)

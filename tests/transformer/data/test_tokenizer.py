@@ -1,8 +1,10 @@
 """Tokenizers: lossless on any text, exact byte counts, streaming, and the cache."""
 
 import json
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -68,6 +70,20 @@ def test_streaming_gives_each_character_with_its_last_byte(tokenizer, text):
         so_far = text.encode()[: tokenizer.byte_lengths[ids[:count]].sum()]
         assert given_out == so_far.decode(errors="ignore")
     assert decoder.finish() == ""
+
+
+def test_threads_encode_with_and_without_special_tokens_at_once():
+    """The library has a setting for it, which all threads share."""
+    text = END_OF_DOCUMENT * 50
+    wanted = {True: [BPE.end_of_document] * 50, False: BPE.encode(text)}
+    with ThreadPoolExecutor(4) as pool:
+        special = [n % 2 == 0 for n in range(400)]
+        given = list(pool.map(lambda x: BPE.encode(text, special=x), special))
+    assert given == [wanted[x] for x in special] and wanted[True] != wanted[False]
+
+
+def test_a_copy_encodes_alike():
+    assert pickle.loads(pickle.dumps(BPE)).encode("def f(x)") == BPE.encode("def f(x)")
 
 
 def test_byte_ids_are_the_bytes():

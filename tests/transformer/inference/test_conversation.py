@@ -6,7 +6,7 @@ import pytest
 from transformer import Config, Model, generate
 from transformer.data.chat import chat_tokens
 from transformer.data.tokenizer import byte_tokenizer
-from transformer.inference.conversation import Conversation, compile_replies
+from transformer.inference.conversation import Conversation, Steps
 from transformer.program.program import program
 
 TEMPLATE = (
@@ -57,12 +57,26 @@ def test_what_is_compiled_ahead_is_what_replies_run(model):
             return program(self.config)(*operands)
 
     options = {"max_new_tokens": 8, "repetition_penalty": 1.1, "program": Traced()}
-    compile_replies(model.config, jax.eval_shape(lambda: model.params), **options)
+    steps = Steps(keep=True, **options)  # a program of a user's own is not kept
+    steps.compile(model.config, jax.eval_shape(lambda: model.params))
     assert len(traced) == 2  # chunks of text, and the step that draws
-    conversation = Conversation(model, **options)
+    conversation = Conversation(model, steps=steps, **options)
     for text in ("Hello there", "And you?"):
         assert "".join(conversation.reply(text))
     assert len(traced) == 2
+
+
+def test_steps_that_were_kept_give_the_same_replies(model):
+    """Also in a conversation that outgrows the cells that they were compiled for."""
+    options = {"max_new_tokens": 8, "seed": 1}
+    steps = [Steps(keep=True, **options) for _ in range(2)]
+    for each in steps:  # the second finds what the first kept
+        each.compile(model.config, jax.eval_shape(lambda: model.params))
+    replies = []
+    for each in (None, *steps):
+        conversation = Conversation(model, steps=each, **options)
+        replies.append(["".join(conversation.reply(text)) for text in ("Hello", "And " * 550)])
+    assert replies[0] == replies[1] == replies[2]
 
 
 def test_a_conversation_needs_text_and_room(model, random_params):

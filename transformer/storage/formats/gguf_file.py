@@ -178,7 +178,23 @@ class _Cursor:
         if kind in _SCALARS:
             code = f"<{count}{_SCALARS[kind]}"
             return list(struct.unpack(code, self.bytes(struct.calcsize(code))))
+        if kind == _STRING:
+            return self._strings(count)
         return [self.value(kind) for _ in range(count)]
+
+    def _strings(self, count):
+        """As `string`, for vocabularies of many thousands."""
+        data, size, begin = self._data, self.size, self.offset
+        length_at, made = struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            [length] = length_at(data, begin)
+            begin += 8
+            if length > size - begin:
+                raise ValueError(f"{length} bytes are wanted at byte {begin} of {size}")
+            made.append(data[begin : begin + length].decode("utf-8", errors="surrogateescape"))
+            begin += length
+        self.offset = begin
+        return made
 
 
 def _damaged(path, why):

@@ -50,7 +50,7 @@ def entries(table: Table, config: Config) -> Iterable[Entry]:
         ours = _tuple(ours)
         for name in ours:
             rules[name] = (ours, published)
-    done = set()
+    done, kinds = set(), [kind for kind, _ in config.layers]
     for name in flat(abstract_params(config)):
         if name in done:
             continue
@@ -58,7 +58,8 @@ def entries(table: Table, config: Config) -> Iterable[Entry]:
         n = layer[1] if layer else ""
         pattern = re.sub(r"^layers\.\d+\.", "layers.{n}.", name)
         if layer:
-            pattern = _with_kind(config, int(n), pattern)
+            has_experts = config.num_experts > 0 and int(n) not in config.dense_layers
+            pattern = _with_kind(kinds[int(n)], has_experts, pattern)
         if pattern not in rules:
             raise Unnamed(name)
         ours, published = rules[pattern]
@@ -81,11 +82,10 @@ def are_experts_apart(table: Table) -> bool:
     return any("{x}" in name for group in names for name in _tuple(group))
 
 
-def _with_kind(config, n, pattern):
+def _with_kind(kind, has_experts, pattern):
     """Our name of a parameter as it stands in a table, which depends on what the layer is."""
-    if config.num_experts and n not in config.dense_layers:
+    if has_experts:
         pattern = pattern.replace(".feed_forward.", ".experts.")
-    kind, _ = config.layers[n]
     return pattern if kind == "attention" else pattern.replace(".mixer.", f".{kind}.")
 
 
