@@ -66,15 +66,23 @@ def main(argv):
     from transformer.files import naming
 
     config, make_params = _subject(presets)
-    limits = timing.measure_limits(config.compute_dtype, _REPEATS.value)
+    measure = lambda: timing.measure_limits(config.compute_dtype, _REPEATS.value)
+    limits = before = measure()
     print(f"{jax.devices()[0].device_kind}: {limits}", flush=True)
     notices = cli.print_notices()
     rows, peer = [], _PEER.value
     for name in _SUITE.value:
+        measured = []
         with cli.user_errors(NotImplementedError):
             for numerics, figure in _figures(name, config, make_params):
-                rows.append(report.row(figure, limits, numerics))
-                print(report.line(rows[-1]), flush=True)
+                measured.append((figure, numerics))
+                print(report.line(report.row(figure, before, numerics)), flush=True)
+        # Before and after each suite: a machine that is shared with others may read twice as fast
+        # in another minute.
+        after = measure()
+        beside = before.best(after)
+        rows += [report.row(figure, beside, numerics) for figure, numerics in measured]
+        limits, before = limits.best(after), after
         if peer and name in PEER_SUITES:
             try:
                 _add_peer(rows, peer, name)

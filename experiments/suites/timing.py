@@ -66,6 +66,10 @@ class Limits:
     read: float
     flops: float
 
+    def best(self, other: "Limits") -> "Limits":
+        """The larger of each."""
+        return Limits(max(self.read, other.read), max(self.flops, other.flops))
+
     def __str__(self):
         return f"reads {self.read / 1e9:.0f} GB/s, multiplies {self.flops / 1e12:.2g} TFLOP/s"
 

@@ -27,7 +27,7 @@ _EXTENSION, _API, _CONTEXT, _STAGE, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 8, 16, 2
 _EXECUTE = 3
 _LINE = 64  # bytes of a cache line
 _FUNCTIONS = 48  # where the functions of `XLA_FFI_Api` begin
-_NEXT, _DONE, _PARTS, _USERS, _FRAME, _STATE_SIZE = 0, 8, 16, 24, 32, 40
+_NEXT, _DONE, _PARTS, _USERS, _FRAME, _THREADS, _STATE_SIZE = 0, 8, 16, 24, 32, 40, 48
 
 _told: set[str] = set()  # names of kernels that XLA knows
 _telling = threading.Lock()
@@ -78,12 +78,15 @@ class Kernel(NamedTuple):
     parts: `parts(frame) -> how many parts there are`.
     run: `run(frame, part)` writes the code of one part; parts may run in any order, or at once.
     room: `room(frame) -> bytes` of memory that a thread has for itself, or None.
+    in_turn: whether parts that follow one another read memory that does. A thread then takes many
+      of them in turn, fewer the fewer are left, so that the processor goes on reading ahead.
     """
 
     name: str
     parts: Callable
     run: Callable
     room: Callable | None = None
+    in_turn: bool = False
 
 
 @functools.cache
@@ -149,19 +152,39 @@ def _api():
 
 
 def _task(kernel, code, state):
-    """Takes parts until none is left; whoever is last to go frees the state."""
-    parts = code.integer(state + _PARTS)
-    part = code.variable(code.add_atomically(state + _NEXT, 1))
+    """Takes parts until none is left; whoever is last to go frees the state.
+
+    Where parts are taken in turn, a share is what is left divided by twice the number of threads.
+    """
+    parts, threads = code.integer(state + _PARTS), code.integer(state + _THREADS)
+    begin, end = code.variable(0), code.variable(0)
+
+    def take():
+        share = code.add_atomically(state + _NEXT, 1)
+        if not kernel.in_turn:
+            begin.set(share)
+            end.set(share + 1)
+            return
+        begin.set(0)
+        end.set(0)
+        with code.loop(0, share + 1):
+            left = parts - end.get()
+            begin.set(end.get())
+            end.set(end.get() + code.larger((left + threads * 2 - 1) // (threads * 2), 1))
+
+    take()
     room = code.variable(0)
-    with code.when(part.get() < parts):  # a late one finds no frame any more
+    with code.when(begin.get() < parts):  # a late one finds no frame any more
         if kernel.room is not None:
             frame = Frame(code, code.integer(state + _FRAME))
             room.set(code.call("malloc", kernel.room(frame) + _LINE))
-    with code.repeat(lambda: part.get() < parts):
+    with code.repeat(lambda: begin.get() < parts):
         aligned = (room.get() + (_LINE - 1)) & -_LINE
-        kernel.run(Frame(code, code.integer(state + _FRAME), aligned), part.get())
-        code.add_atomically(state + _DONE, 1)
-        part.set(code.add_atomically(state + _NEXT, 1))
+        frame = Frame(code, code.integer(state + _FRAME), aligned)
+        with code.loop(begin.get(), end.get()) as part:
+            kernel.run(frame, part)
+        code.add_atomically(state + _DONE, end.get() - begin.get())
+        take()
     if kernel.room is not None:
         code.call("free", room.get())
     with code.when(code.add_atomically(state + _USERS, -1).equals(1)):
@@ -199,6 +222,7 @@ def _execute(kernel, task, api, code, frame):
     state = code.call("malloc", _STATE_SIZE)
     for offset, x in ((_NEXT, 0), (_DONE, 0), (_PARTS, parts), (_FRAME, frame)):
         code.put_integer(x, state + offset)
+    code.put_integer(code.integer(number), state + _THREADS)
     code.put_integer(helpers + 2, state + _USERS)  # the task run here, and what waits below
     code.put_integer(40, arguments)
     code.put_integer(code.address_of(task), arguments + 24)

@@ -58,7 +58,8 @@ def products(x, ws, block: int, scales=()):
 
 @functools.cache
 def _kernel(dtype):
-    return Kernel(f"unison_product_{dtype}", _panels, functools.partial(_panel, dtype=dtype))
+    run = functools.partial(_panel, dtype=dtype)
+    return Kernel(f"unison_product_{dtype}", _panels, run, in_turn=True)
 
 
 def _panels(frame: Frame):

@@ -33,3 +33,5 @@ def test_a_figure_is_held_against_what_bounds_it():
     slow_sums = Figure("s", "c", 1, (1.0, 2.0, 4.0), 0.0, flops=1e12, bytes=1e9)
     assert not slow_sums.memory_bound(limits) and slow_sums.share(limits) == pytest.approx(0.5)
     assert "reads 2 GB/s, multiplies 1 TFLOP/s" in str(limits)
+    better = limits.best(Limits(read=1e9, flops=3e12))
+    assert better == Limits(read=2e9, flops=3e12)
