@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.blocks import Blocks
+from kernels.cpu.write import write as copy
+from kernels.dot import has_kernel
 from kernels.options import Options
 from kernels.tracing.linear import linear_call
 
@@ -172,6 +174,13 @@ def write_one(blocks: Blocks, cells, cell, axis: int = 1):
       The arrays of the blocks.
     """
 
+    given = blocks.arrays
+    cell = jax.tree.map(lambda x, new: new.astype(x.dtype), given, cell)
+    if blocks.batched and has_kernel():
+        rows = jnp.broadcast_to(cells, len(jax.tree.leaves(given)[0]))
+        put = lambda x, new: copy(x, blocks.layer, rows, new[:, 0], axis)
+        return jax.tree.map(put, given, cell)
+
     def row(b, arrays):
         slot = cells[b if cells.shape[0] > 1 else 0]
 
@@ -189,9 +198,7 @@ def write_one(blocks: Blocks, cells, cell, axis: int = 1):
 
         return jax.tree.map(one, arrays, cell)
 
-    given = blocks.arrays
-    cell = jax.tree.map(lambda x, new: _bits(new.astype(x.dtype)), given, cell)
-    arrays = jax.tree.map(_bits, given)
+    cell, arrays = (jax.tree.map(_bits, x) for x in (cell, given))
     if blocks.batched:
         arrays = jax.lax.fori_loop(0, len(jax.tree.leaves(arrays)[0]), row, arrays)
     else:

@@ -18,6 +18,7 @@ from transformer.data.batches import Batch
 from transformer.inference.decode import capacity_for
 from transformer.inference.generate import generate as complete
 from transformer.inference.prepare import lay_out_params
+from transformer.inference.sampling import likeliest
 from transformer.modes.schedule import run
 from transformer.program.init import init_cache, init_params
 from transformer.program.params import Params
@@ -176,7 +177,7 @@ def _decode(subject, params, case, batch, size, start):
         def step(carry, i):
             cache, token = carry
             cache, logits = f(params, cache, token, i)
-            return (cache, jnp.argmax(logits).astype(jnp.int32)), None
+            return (cache, likeliest(logits).astype(jnp.int32)), None
 
         return jax.lax.scan(step, (cache, token), start + jnp.arange(NEW))[0]
 

@@ -109,7 +109,7 @@ def sample(
     token = jax.lax.cond(
         sampling.temperature >= SMALLEST,
         lambda: draw(key, warp(usable, sampling, numerics), numerics),
-        lambda: jnp.argmax(usable),
+        lambda: likeliest(usable),
     )
     token = token.astype(jnp.int32)
     return token, -numerics.cross_entropy(logits, token)[0]
@@ -121,7 +121,7 @@ def kept(logits: jax.Array, sampling: Sampling, numerics: Numerics = FAST) -> ja
     return jax.lax.cond(
         sampling.temperature >= SMALLEST,
         lambda: warp(usable, sampling, numerics) > -jnp.inf,
-        lambda: jnp.arange(len(logits)) == jnp.argmax(usable),
+        lambda: jnp.arange(len(logits)) == likeliest(usable),
     )
 
 
@@ -143,11 +143,27 @@ def draw(key: jax.Array, logits: jax.Array, numerics: Numerics = FAST) -> jax.Ar
     First a group of ids is drawn by its total probability, then an id of the group: so V / 256 +
     256 random numbers do for V, which would cost more than the rest of sampling.
     """
-    groups = jnp.pad(logits, (0, -len(logits) % GROUP), constant_values=-jnp.inf)
-    groups = groups.reshape(-1, GROUP)
+    groups = _groups(logits)
     noise = numerics.gumbel(key, (len(groups) + GROUP,))
     group = jnp.argmax(numerics.log_sum_exp(groups) + noise[: len(groups)])
     return group * GROUP + jnp.argmax(groups[group] + noise[len(groups) :])
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """The id of the largest of logits [V], the first of several, or of the first that is nan.
+
+    The largest of each group comes first, which takes a third of the time on a CPU: XLA compares
+    numbers together with their places one after the other.
+    """
+    groups = _groups(logits)
+    group = jnp.argmax(groups.max(1))
+    return group * GROUP + jnp.argmax(groups[group])
+
+
+def _groups(logits):
+    """Logits [V] as groups of ids, filled up with what is never drawn."""
+    padded = jnp.pad(logits, (0, -len(logits) % GROUP), constant_values=-jnp.inf)
+    return padded.reshape(-1, GROUP)
 
 
 def warp(logits: jax.Array, sampling: Sampling, numerics: Numerics = FAST) -> jax.Array:

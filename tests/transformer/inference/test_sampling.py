@@ -16,7 +16,15 @@ few = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
 jitted = {
     name: jax.jit(getattr(sampling, name))
-    for name in ("keep_top_k", "keep_top_p", "keep_min_p", "keep_below", "warp", "sample")
+    for name in (
+        "keep_top_k",
+        "keep_top_p",
+        "keep_min_p",
+        "keep_below",
+        "warp",
+        "sample",
+        "likeliest",
+    )
 }
 
 
@@ -38,6 +46,17 @@ def kept(name, logits, parameter):
     mask = filtered > -np.inf
     np.testing.assert_array_equal(filtered[mask], logits[mask])
     return mask
+
+
+@few
+@given(seeds, st.sampled_from([1, 255, 256, 257, V, 1000]), st.sampled_from([0, 1, 20]))
+def test_the_likeliest_is_the_first_of_the_largest(seed, size, num_nan):
+    """Of logits with ties; where some are nan, the first of those, as for argmax."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.normal(0, 2, size)).astype(np.float32)
+    logits[rng.integers(0, size, size // 2)] = -np.inf
+    logits[rng.integers(0, size, num_nan)] = np.nan
+    assert jitted["likeliest"](logits) == np.argmax(logits)
 
 
 @few
