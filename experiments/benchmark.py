@@ -144,8 +144,9 @@ def _subject(presets):
     """The config, and a function that gives its parameters."""
     import jax
 
-    from experiments.suites.model import random_params
+    from experiments.suites.model import NEW, PROMPT, random_params
 
+    long_enough = lambda config: config.replace(max_length=max(config.max_length, PROMPT + NEW))
     if _MODEL.value:
         from transformer.storage.checkpoint import CheckpointError
         from transformer.storage.model import load
@@ -153,8 +154,14 @@ def _subject(presets):
         with cli.user_errors(ValueError, OSError, CheckpointError):
             how = {"dtype": _DTYPE.value, "weights": _WEIGHTS.value, "cache": _CACHE.value}
             model = load(_MODEL.value, **how)
-        return model.config, lambda: model.params
-    config = presets[_PRESET.value]
+        config = long_enough(model.config)
+        if config.positions == "learned" and config != model.config:
+            cli.fail(
+                f"the suites run {PROMPT + NEW} tokens, and the model has learned only "
+                f"{model.config.max_length} positions."
+            )
+        return config, lambda: model.params
+    config = long_enough(presets[_PRESET.value])
     if jax.default_backend() != "cpu":
         config = config.replace(dtype="bfloat16")
     return config, lambda: random_params(config)
@@ -165,7 +172,6 @@ def _figures(name, config, make_params):
     if name in MODEL_SUITES:
         from experiments.suites import model
 
-        config = config.replace(max_length=max(config.max_length, model.PROMPT + model.NEW))
         for numerics in _NUMERICS.value:
             subject = model.Subject(config, make_params, _REPEATS.value, _ATTENTION.value, numerics)
             for figure in getattr(model, name)(subject):

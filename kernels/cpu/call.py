@@ -39,10 +39,18 @@ class Buffer(NamedTuple):
     address: Value
     struct: Value
 
-    def size(self, axis: int) -> Value:
+    def size(self, axis: int | Value) -> Value:
         """The number of elements along an axis."""
         code = self.struct.code
-        return code.integer(code.integer(self.struct + 40) + 8 * axis)
+        return code.integer(code.integer(self.struct + 40) + axis * 8)
+
+    def count(self) -> Value:
+        """The number of its elements."""
+        code = self.struct.code
+        count = code.variable(1)
+        with code.loop(0, code.integer(self.struct + 32)) as axis:
+            count.set(count.get() * self.size(axis))
+        return count.get()
 
 
 class Frame:

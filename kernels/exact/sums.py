@@ -1,5 +1,7 @@
 """Sums in one order, and products that are rounded before they feed a sum."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -26,7 +28,7 @@ def _rounded_jvp(primals, tangents):
 
 
 TILE = 256  # cells of attention whose weights are summed as one tree
-_WAYS = 32  # terms of a node of the tree: few levels, since each is a loop of its own
+WAYS = 32  # terms of a node of the tree: few levels, since each is a loop of its own
 
 
 def levels(n: int) -> list[tuple[int, int]]:
@@ -37,7 +39,7 @@ def levels(n: int) -> list[tuple[int, int]]:
     """
     found = []
     while n > 1:
-        size = -(-n // _WAYS)
+        size = -(-n // WAYS)
         found.append((size, -(-n // size)))
         n = size
     return found or [(1, 1)]
@@ -52,9 +54,21 @@ def in_pairs(terms):
 
 
 def tree(x):
-    """The sum over the last axis as a tree, of whose nodes each adds up `_WAYS` others in pairs."""
+    """The sum over the last axis as a tree, of whose nodes each adds up `WAYS` others in pairs."""
     x = rounded(x)
     for size, count in levels(x.shape[-1]):
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size * count - x.shape[-1])])
         x = in_pairs([x[..., n : n + size] for n in range(0, x.shape[-1], size)])
     return x[..., 0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def short(x, axis):
+    """The sum over any axis of at most `WAYS` numbers, as that of `tree`."""
+    terms = jnp.moveaxis(rounded(x), axis, 0)
+    return in_pairs(list(terms))
+
+
+@short.defjvp
+def _short_jvp(axis, primals, tangents):
+    return short(*primals, axis), tangents[0].sum(axis)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from kernels.cpu.once import once
+from kernels.dot import has_kernel
 from kernels.exact import functions, sums
 from kernels.exact.total import total
 from kernels.ragged_dot import ragged_dot
@@ -76,7 +78,7 @@ class Numerics:
             return jnp.einsum("mk,mke->me", weights, x)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         terms = self.rounded(weights).astype(wide)[..., None] * x.astype(wide)
-        return self.rounded(total(terms.swapaxes(1, 2)).astype(x.dtype))
+        return self.rounded(self.sum(terms, axis=1)[:, 0].astype(x.dtype))
 
     def softmax(self, x):
         """Over the last axis."""
@@ -93,9 +95,11 @@ class Numerics:
 
     def sum(self, x, axis=-1):
         """The sum over one axis, which is kept with one element."""
-        if self.exact:
-            return jnp.expand_dims(total(jnp.moveaxis(x, axis, -1)), axis)
-        return x.sum(axis, keepdims=True)
+        if not self.exact:
+            return x.sum(axis, keepdims=True)
+        if x.shape[axis] <= sums.WAYS:
+            return jnp.expand_dims(sums.short(x, axis), axis)
+        return jnp.expand_dims(total(jnp.moveaxis(x, axis, -1)), axis)
 
     def inner(self, x, y):
         """The sum of x * y, both [V]."""
@@ -146,6 +150,13 @@ class Numerics:
     def cos(self, x):
         """The cosine."""
         return functions.cos(x) if self.exact else jnp.cos(x)
+
+    def once(self, x):
+        """x, without a gradient, where several operations take it and none is to compute it anew.
+
+        The functions here that are exact are many cheap operations, others are one that is not.
+        """
+        return once(x) if self.exact and has_kernel() else x
 
     def sigmoid(self, x):
         """1 / (1 + exp(-x))."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.exact.sums import rounded
+from kernels.exact.sums import WAYS, rounded, short, tree
 from kernels.exact.total import powers, total
 
 
@@ -38,6 +38,16 @@ def test_sums_of_powers(size, rng):
     lse = lambda x: powers(x)[0] + jnp.log(powers(x)[1])
     gradient = jax.jit(jax.vmap(jax.grad(lse)))(x[good])
     np.testing.assert_allclose(gradient, jax.nn.softmax(x[good]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_short_sum_is_that_of_the_tree(axis, rng):
+    for size in (1, 2, 5, WAYS):
+        x = rng.standard_normal((size, size, size)).astype(np.float32)
+        wanted = jax.jit(tree)(np.moveaxis(x, axis, -1))
+        np.testing.assert_array_equal(jax.jit(short, static_argnums=1)(x, axis), wanted)
+    gradient = jax.grad(lambda x: (short(x, axis) * jnp.arange(3.0)).sum())(jnp.zeros((3, 3)))
+    np.testing.assert_array_equal(np.moveaxis(gradient, axis, -1), [[n] * 3 for n in range(3)])
 
 
 def test_the_gradient_of_a_sum_is_ones():
