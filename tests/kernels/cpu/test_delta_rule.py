@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="kernels of a CPU, wi
 SHAPES = [(1, 1, 1, 1, 1), (3, 9, 2, 16, 64), (2, 20, 3, 21, 150)]
 
 
+@jax.jit
 def delta_rule(state, *tokens):
     """The kernel, on states by themselves."""
     return of_blocks(Blocks(state, batched=True), *tokens)
@@ -63,7 +64,7 @@ def wide(arrays):
 def for_kernel(state, *tokens):
     """The decay in place of its logarithm."""
     *others, g, beta = tokens
-    return state, *others, jnp.exp(g), beta
+    return state, *others, np.exp(g), beta
 
 
 def assert_close(got, expected):
@@ -77,7 +78,7 @@ def assert_close(got, expected):
 def test_the_definition(case):
     with jax.enable_x64(True):
         expected = by_definition(*wide(case))
-    got = delta_rule(*for_kernel(*map(jnp.asarray, case)))
+    got = delta_rule(*for_kernel(*case))
     assert_close(got, expected)
     np.testing.assert_array_equal(got[1][case[1] < 0], 0)
 
@@ -86,8 +87,8 @@ def test_the_definition(case):
 @given(cases(), st.data())
 def test_the_same_bits_in_any_company(case, data):
     """In two chunks, as one sequence, as one head, and without the padding."""
-    state, i, *tokens = for_kernel(*map(jnp.asarray, case))
-    whole = delta_rule(state, i, *tokens)
+    state, i, *tokens = for_kernel(*case)
+    whole = [np.asarray(x) for x in delta_rule(state, i, *tokens)]
     cut = data.draw(st.integers(0, i.shape[1]))
     middle, first = delta_rule(state, i[:, :cut], *(x[:, :cut] for x in tokens))
     last, second = delta_rule(middle, i[:, cut:], *(x[:, cut:] for x in tokens))
@@ -158,7 +159,7 @@ def test_gradients(case):
     i = np.ones_like(i)
     rng = np.random.default_rng(0)
     cotangents = [rng.standard_normal(x.shape).astype(np.float32) for x in (state, tokens[2])]
-    state, _, *operands = for_kernel(state, i, *map(jnp.asarray, tokens))
+    state, _, *operands = for_kernel(state, i, *tokens)
     got = jax.jit(gradients)(state, *operands, *cotangents)
     with jax.enable_x64(True):
         expected = gradients_by_definition(wide((state, i, *tokens)), wide(cotangents))

@@ -1,5 +1,7 @@
 """Gradients of many queries, on a CPU, against those of the reference in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,14 @@ pytestmark = pytest.mark.skipif(not has_kernel(), reason="kernels of a CPU, with
 run = jax.jit(gradients, static_argnums=8)
 
 
+@partial(jax.jit, static_argnums=6)
+def by_reference(q, keys, values, dz, where, alibi, options):
+    """The log-sum-exp, the sums of z dz, and the gradients."""
+    attend = lambda *x: reference.attend(*x, where, Shared(alibi=alibi), options=options)
+    (z, lse), pull = jax.vjp(attend, q, keys, values)
+    return lse, (z * dz).sum(-1), pull((dz, jnp.zeros_like(lse)))
+
+
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_gradients_are_those_of_the_reference(seed):
@@ -34,12 +44,10 @@ def test_gradients_are_those_of_the_reference(seed):
     options = Options(H**-0.5, [None, 20][rng.integers(2)], [None, 0.7][rng.integers(2)])
     alibi = [None, rng.random(K * G, "float32") / 4][rng.integers(2)]
     with jax.enable_x64(True):
-        wide = [jnp.asarray(x, jnp.float64) for x in (q, keys, values)]
-        attend = lambda *x: reference.attend(*x, where, Shared(alibi=alibi), options=options)
-        (z, lse), pull = jax.vjp(attend, *wide)
-        expected = pull((jnp.asarray(dz, jnp.float64), jnp.zeros_like(lse)))
-        delta = np.float32((z * dz).sum(-1))
-    made = run(q, keys, values, dz, np.float32(lse), delta, where, alibi, options)
+        wide = (np.float64(x) for x in (q, keys, values, dz))
+        lse, delta, expected = by_reference(*wide, where, alibi, options)
+    lse, delta = np.float32(lse), np.float32(delta)
+    made = run(q, keys, values, dz, lse, delta, where, alibi, options)
     for x, y in zip(made, expected, strict=True):
         # Sums of some hundred products, each rounded by 6e-8 of a weight times a gradient.
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()))

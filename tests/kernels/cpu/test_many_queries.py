@@ -31,7 +31,8 @@ def test_a_query_reads_what_it_reads_alone(seed):
     B, T, K, G, S, H, Hv = SHAPES[rng.integers(len(SHAPES))]
     layers = [(), (2,)][rng.integers(2)]
     dtype = ["float32", "bfloat16"][rng.integers(2)]
-    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    # Of NumPy, whose slices are not compiled.
+    array = lambda *shape: rng.standard_normal(shape).astype(jnp.dtype(dtype))
     keys, values = array(B, *layers, K, S, H), array(B, *layers, K, S, Hv)
     q, sinks = array(B, T, K * G, H), [None, array(K * G)][rng.integers(2)]
     # Anywhere, beyond the last cell too; where they are negative, padding.
@@ -42,11 +43,11 @@ def test_a_query_reads_what_it_reads_alone(seed):
     slopes = [None, rng.random(K * G, "float32") / 64][rng.integers(2)]
     shared, where = Shared(sinks, slopes), Where(positions)
     assert can_attend(q, blocks, where, shared, options)
-    z, lse = run(q, blocks, where, shared, options)
+    z, lse = map(np.asarray, run(q, blocks, where, shared, options))
     assert z.dtype == dtype and lse.dtype == np.float32
     for t in rng.integers(0, T, 5):
         alone = one(blocks, positions[:, t : t + 1], q[:, t : t + 1], shared, options)
-        np.testing.assert_array_equal(z[:, t], alone[:, 0])
+        np.testing.assert_array_equal(z[:, t], np.asarray(alone)[:, 0])
     # The log-sum-exp, in float64; in float32 scores of size 5 err by some 1e-6.
     t, scores = rng.integers(T), []
     wide = np.asarray(keys[:, 1] if layers else keys, np.float64).repeat(G, 1)
@@ -62,7 +63,7 @@ def test_a_query_reads_what_it_reads_alone(seed):
         np.testing.assert_allclose(lse[:, t], np.log(total), rtol=0, atol=2e-5)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)  # of four programs
 @given(seed=st.integers(0, 2**32 - 1))
 def test_documents(seed):
     """Queries of packed documents have the bits that exact numerics have elsewhere."""

@@ -1,5 +1,7 @@
 """Products of many rows on a CPU: the bits of chains, however the operands lie."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,25 +14,27 @@ from kernels.cpu.tiles import TYPES
 from kernels.exact.order import chains
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="kernels of a CPU, with multiply-adds")
-LAYOUTS = {
-    "rows": lambda w: w,
-    "columns": lambda w: jnp.array(w.T),
-    "panels": panels,
-}
+LAYOUTS = {"rows": lambda w: w, "columns": jnp.transpose, "panels": panels}
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def many_and_few(x, w, block, layout, turned):
+    """Products of all rows, and of three by the kernel for few: one program for each shape."""
+    y = matmul(x.T if turned else x, LAYOUTS[layout](w), block, layout, turned)
+    [few] = products(x[:3], [panels(w)], block)
+    return y, few
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_each_row_is_a_sum_in_one_order(layout, turned, dtype, rng):
-    run = jax.jit(matmul, static_argnums=(2, 3, 4))
     for M, K, N in [(1, 1, 1), (7, 130, 70), (601, 20, 64), *rng.integers(1, 300, (3, 3))]:
         block = int(rng.choice([64, 100, 512]))
         x = rng.standard_normal((M, K)).astype(np.float32)
         w = jnp.asarray(rng.standard_normal((K, N)), dtype)
-        y = run(jnp.array(x.T) if turned else x, LAYOUTS[layout](w), block, layout, turned)
+        y, few = map(np.asarray, many_and_few(x, w, block, layout, turned))
         np.testing.assert_array_equal(y[:, :N], chains(x, np.asarray(w, np.float32), block))
-        [few] = products(x[:3], [panels(w)], block)
         np.testing.assert_array_equal(y[:3, :N], few[:, :N])
 
 

@@ -13,6 +13,8 @@ from transformer.numerics.matrix import dense, is_matrix
 from transformer.numerics.quantised import is_quantised
 
 CONFIG = Config(vocab_size=257, max_length=64, num_layers=2, width=32, num_heads=2)
+# As one program: JAX compiles each operation that runs alone.
+go = jax.jit(run, static_argnames=("f", "chunk"))
 KINDS = {
     "tied": CONFIG,
     "scanned": CONFIG.replace(scan_layers=True, tie_embeddings=False, dtype="bfloat16"),
@@ -32,11 +34,11 @@ def test_a_model_in_int8_computes_what_its_rounded_matrices_do(tmp_path, rng, ki
     assert sum(map(is_quantised, leaves)) == {"tied": 15, "scanned": 8, "experts": 9}[kind]
     floats = jax.tree.map(dense, model.params, is_leaf=is_quantised)
     f, tokens = program(config), rng.integers(0, 257, 12).astype(np.int32)
-    wanted = run(f, floats, init_cache(config, 16), tokens)[1]
+    wanted = go(f, floats, init_cache(config, 16), tokens)[1]
     # float32 rounds sums of 32 and 88 products; bfloat16 keeps 8 bits, through two layers.
     atol = 2e-2 if kind == "scanned" else 1e-5
     for chunk in (None, 1):
-        logits = run(f, model.params, init_cache(config, 16), tokens, chunk=chunk)[1]
+        logits = go(f, model.params, init_cache(config, 16), tokens, chunk=chunk)[1]
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=atol)
     if kind == "scanned":  # its types are cast before
         [completion] = generate(model, ["ab"], max_new_tokens=3, temperature=0)
