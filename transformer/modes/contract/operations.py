@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from jax.extend.core import Primitive
 
+from kernels.cpu import call
 from transformer.memory.instruction import POSITIONS
 from transformer.memory.rules import Rule
 from transformer.modes.contract.tracing import INSTRUCTIONS, KERNELS, OURS, jaxprs
@@ -118,6 +119,8 @@ def _hidden(eqn):
         rule = getattr(eqn.params["rule"], "rule", None)
         if getattr(rule, "__module__", "").startswith(("jax.", "kernels.")):
             return None  # such as sequential_vmap
+    if name == "ffi_call" and eqn.params["target_name"] in call.names():
+        return None  # a kernel of ours, which keeps nothing
     if name == "pallas_call":
         # Mapped over tokens, a kernel runs for one after the other, each with its own part of the
         # operands; but memory that it does not initialise may hold what the last one left there.

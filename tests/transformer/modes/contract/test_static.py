@@ -27,6 +27,7 @@ from transformer.memory.rules import Rule
 from transformer.memory.softmax import Softmax
 from transformer.modes.contract import static
 from transformer.modes.contract.findings import Findings
+from transformer.numerics.numerics import EXACT
 from transformer.presets import presets
 from transformer.program.init import init_cache, init_params
 from transformer.program.program import program
@@ -940,6 +941,13 @@ def heads_with_blocks_of_their_own(params, cache, token, i):
     return cache.replace(_blocks=blocks), (x + z.reshape(-1)) @ params["embedding"].T
 
 
+def angles_computed_once(params, cache, token, i):
+    """Foreign code, but a kernel of ours."""
+    turn, x = begin(params, cache, token, i)
+    turn, x = layers(params, turn, x)
+    return end(params, turn, x * EXACT.once(jnp.cos(i.astype(jnp.float32))))
+
+
 def reads_again(params, cache, token, i):
     turn, x = begin(params, cache, token, i)
     turn, x = layers(params, turn, x)
@@ -995,7 +1003,7 @@ BETWEEN = [
 BETWEEN += [lambda params, x, i: clipped(x), lambda params, x, i: straight_through(x)]
 LAWFUL = [(f, CACHE) for f in [*PLAIN, *map(between, BETWEEN)]]
 LAWFUL += [by_memory(SUM), by_memory(SHIFT), (takes_sinks, SINKS), (scanned(layer), STACKED)]
-LAWFUL += [(heads_with_blocks_of_their_own, HEADS)]
+LAWFUL += [(heads_with_blocks_of_their_own, HEADS), (angles_computed_once, CACHE)]
 
 
 @pytest.mark.parametrize(("f", "cache"), LAWFUL)
