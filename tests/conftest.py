@@ -115,6 +115,17 @@ def rng(request, seed) -> np.random.Generator:
     return np.random.default_rng((seed, zlib.crc32(request.node.nodeid.encode())))
 
 
+@pytest.fixture
+def cache_dir(tmp_path):
+    """The directory of JAX's persistent cache, for one test."""
+    import jax  # not above, so that what is set here counts
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.fixture(scope="session")
 def compiled_text():
     """compiled_text(lowered) is the program that XLA makes of it for users, as text."""

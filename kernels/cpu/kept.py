@@ -24,7 +24,8 @@ def machine_code(name: str, make: Callable[[], bytes]) -> bytes:
       name: of the kernel, which no other one has.
       make: compiles it.
     """
-    return kept(_file(name), make)
+    content = found_machine_code(name)
+    return keep(_file(name), make()) if content is None else content
 
 
 def found_machine_code(name: str) -> bytes | None:
@@ -32,23 +33,20 @@ def found_machine_code(name: str) -> bytes | None:
     return found(_file(name))
 
 
-def kept(file_name: str, make: Callable[[], bytes]) -> bytes:
-    """What is kept under a name, or else what `make()` gives, which is kept where there is a place.
+def keep(file_name: str, content: bytes) -> bytes:
+    """Keeps something, where there is a place for it, and returns it.
 
     Args:
       file_name: says all that it depends on.
-      make: makes it.
+      content: takes the place of what is there.
     """
-    content = found(file_name)
-    if content is not None:
-        return content
-    made, path = make(), _path(file_name)
+    path = _path(file_name)
     with contextlib.suppress(OSError):  # without a place for it there is none
         if path is not None:
             unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            unfinished.write_bytes(hashlib.sha256(made).digest() + made)
+            unfinished.write_bytes(hashlib.sha256(content).digest() + content)
             os.replace(unfinished, path)
-    return made
+    return content
 
 
 def found(file_name: str) -> bytes | None:

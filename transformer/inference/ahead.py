@@ -52,8 +52,7 @@ class Ahead:
         try:
             exported, structure = _restored(kept.found(name))
         except Exception:  # there is nothing, or whatever else is wrong with it
-            content = kept.kept(name, lambda: self._traced(args))
-            exported, structure = _restored(content)
+            exported, structure = _restored(kept.keep(name, self._traced(args)))
 
         def run(*args):
             return jax.tree.unflatten(structure, exported.call(*jax.tree.leaves(args)))

@@ -24,15 +24,6 @@ def compile_three_more():
     return make
 
 
-@pytest.fixture
-def cache_dir(tmp_path):
-    """The directory of JAX's persistent cache, for one test."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def test_a_kernel_is_compiled_once_and_anew_where_it_is_damaged(cache_dir, compile_three_more):
     found = [kept.machine_code("three_more", compile_three_more) for _ in range(2)]
     assert found == compile_three_more.made * 2

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.cpu import kept
 from transformer.inference import ahead
 from transformer.inference.ahead import Ahead
 
@@ -45,15 +46,6 @@ print(len(traced), float(function(2.0, tree, x)["product"][1, 63]))
 
 
 @pytest.fixture
-def cache_dir(tmp_path):
-    """The directory of JAX's persistent cache, for one test."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.fixture
 def scaled():
     """scaled() makes the function anew; scaled.traced says when it was traced."""
     space = {}
@@ -71,10 +63,9 @@ def arguments(rng, rows=2):
 def check(function, operands):
     factor, tree, x = operands
     wanted = {"product": factor * x @ tree["w"], "sum": x + tree["b"]}
+    given = function(factor, tree, x.copy())  # it is given away
     # Sums of 64 products of normal numbers, in another order.
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), function(*operands), wanted
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), given, wanted)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -98,7 +89,7 @@ def test_what_was_kept_is_not_traced_again(cache_dir, scaled, rng):
         scaled.traced.clear()
 
 
-@pytest.mark.parametrize("change", ["sources", "static", "shape", "setting", "damage"])
+@pytest.mark.parametrize("change", ["sources", "static", "shape", "setting", "damage", "content"])
 def test_what_is_kept_for_something_else_is_not_taken(cache_dir, scaled, rng, monkeypatch, change):
     operands = arguments(rng)
     scaled().compile(*operands, keep=True)
@@ -113,11 +104,16 @@ def test_what_is_kept_for_something_else_is_not_taken(cache_dir, scaled, rng, mo
         monkeypatch.setenv("XLA_FLAGS", "")
     else:
         [path] = cache_dir.glob("unison_scaled_*")
-        path.write_bytes(path.read_bytes()[:-1])
-    function = scaled()
-    function.compile(*operands, keep=True)
-    assert scaled.traced
-    check(function, operands)
+        if change == "damage":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            kept.keep(path.name, b"whole, but nothing that can be read")
+    for traces in (True, False):  # what was made anew takes its place
+        function = scaled()
+        function.compile(*operands, keep=True)
+        assert bool(scaled.traced) == traces
+        check(function, operands)
+        scaled.traced.clear()
 
 
 def test_what_has_no_name_of_its_own_is_not_kept(cache_dir):
