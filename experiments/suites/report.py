@@ -18,9 +18,9 @@ def row(figure: Figure, limits: Limits, numerics: str = "fast") -> dict:
         "compile_seconds": figure.compile_seconds,
         "flops": figure.flops,
         "bytes": figure.bytes,
+        "bound": "memory" if figure.memory_bound(limits) else "compute",
         "flops_per_second": figure.flops / figure.median,
         "bytes_per_second": figure.bytes / figure.median,
-        "bound": "memory" if figure.memory_bound(limits) else "compute",
         "share_of_limit": figure.share(limits),
         "limits": vars(limits),
     }

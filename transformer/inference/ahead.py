@@ -35,7 +35,7 @@ class Ahead:
           static, donated: the places of its arguments that are so.
         """
         self._function, self._static, self._donated = function, static, donated
-        self._compiled = None
+        self._compiled = self._compiled_for = None
 
     def compile(self, *args, keep: bool) -> None:
         """Compiles it for arguments like these; of arrays the shapes are enough.
@@ -45,6 +45,7 @@ class Ahead:
           keep: whether what tracing makes of it is kept for the next process, and taken from one
             before. Only where nothing that is traced was changed since it was imported.
         """
+        self._compiled_for = [args[n] for n in self._static]
         name = self._name(args) if keep and call.is_available() else None
         if name is None:
             self._compiled = self._function.lower(*args).compile()
@@ -63,7 +64,7 @@ class Ahead:
 
     def __call__(self, *args):
         """The function; what was compiled ahead runs if it was for such arguments."""
-        if self._compiled is not None:
+        if self._compiled is not None and self._compiled_for == [args[n] for n in self._static]:
             try:
                 return self._compiled(*self._dynamic(args))
             except TypeError:  # they are of another kind, which is said before anything runs

@@ -76,8 +76,10 @@ def test_calls_run_what_was_compiled(cache_dir, scaled, rng, keep):
     before = len(scaled.traced)
     check(function, operands)
     assert len(scaled.traced) == before
-    check(function, arguments(rng, rows=3))  # of another shape: as without Ahead
-    assert len(scaled.traced) == before + 1
+    check(function, (3.0, *operands[1:]))  # another static argument: as without Ahead
+    assert scaled.traced[before:] == [3.0]
+    check(function, arguments(rng, rows=3))  # and so is another shape
+    assert scaled.traced[before:] == [3.0, 2.0]
 
 
 def test_what_was_kept_is_not_traced_again(cache_dir, scaled, rng):
